@@ -1,0 +1,239 @@
+"""One typed tree describes a whole experiment.
+
+The same JSON is the command line's input, the pipeline's parameter, the MLflow artifact, the checkpoint's
+`config.json` and what serving rebuilds the model from. A variant is a field, never a copied file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigNode(BaseModel):
+    """A frozen node of the tree: unknown names are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(ConfigNode):
+    """Procgen CoinRun as App. F.1 collects it: hard mode, a uniform random policy, 10M frames over 10,000 levels."""
+
+    frame_size: int = Field(64, description="height and width in pixels; Procgen renders 64")
+    clip_length: int = Field(16, ge=2, description="frames per training clip (section 3)")
+    train_levels: int = Field(10_000, ge=1, le=10_000, description="level seeds 0..train_levels-1, each visited once")
+    eval_levels: int = Field(64, ge=1, description="held-out level seeds, from eval_first_level on")
+    eval_first_level: int = Field(1_000_000, ge=10_000, description="training seeds end at 9,999")
+    steps_per_level: int = Field(1_000, ge=2)
+    eval_steps_per_level: int = Field(128, ge=2)
+    action_hold: int = Field(1, ge=1, description="steps a random action is held; 1 = the paper's 'no action repeats'")
+    levels_per_shard: int = Field(64, ge=1, description="levels simulated side by side and written to one tar")
+    seed: int = 0
+
+
+class TransformerConfig(ConfigNode):
+    """An ST-transformer (section 2, Figure 4).
+
+    `num_layers` counts attention layers as the paper does: one ST block (spatial attention, temporal attention, one
+    feed-forward) is two. An odd count ends on a lone spatial layer. Only this reading reproduces Tables 10 and 12.
+    """
+
+    num_layers: int = Field(ge=1)
+    d_model: int = Field(ge=8)
+    num_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2, multiple_of=2, description="the tables' k/q size; not always d_model / num_heads")
+    mlp_ratio: int = Field(4, ge=1)
+    qk_norm: bool = Field(True, description="normalise queries and keys (section 3, Training Details)")
+
+
+class CodebookConfig(ConfigNode):
+    """A vector-quantizer's codebook (van den Oord et al., 2017)."""
+
+    num_codes: int = Field(ge=2)
+    latent_dim: int = Field(32, ge=1)
+    commitment: float = Field(0.25, ge=0)
+    ema_decay: float = Field(0.99, gt=0, lt=1, description="moving average that the codes follow")
+    revive_after: int = Field(50, ge=1, description="a code unused for this many steps restarts at an encoder output")
+
+
+class TokenizerConfig(ConfigNode):
+    """The video tokenizer (section 2.1, App. C.2)."""
+
+    patch_size: int = Field(4, ge=1)
+    codes_per_patch: int = Field(1, ge=1, description="codes that one patch emits; the paper's tokenizer emits 1")
+    encoder: TransformerConfig
+    decoder: TransformerConfig
+    codebook: CodebookConfig
+
+
+class LAMConfig(ConfigNode):
+    """The latent action model (section 2.1, App. C.1): pixels in, |A| = codebook.num_codes actions out."""
+
+    patch_size: int = Field(16, ge=1)
+    encoder: TransformerConfig
+    decoder: TransformerConfig
+    codebook: CodebookConfig
+
+
+class DynamicsConfig(ConfigNode):
+    """The MaskGIT dynamics model (section 2.1, App. C.3)."""
+
+    transformer: TransformerConfig
+    mask_rate_min: float = Field(0.5, ge=0, le=1)
+    mask_rate_max: float = Field(1.0, ge=0, le=1)
+
+
+class SamplingConfig(ConfigNode):
+    """How a frame is dreamt (section 2.2): 25 steps; section 3 says temperature 2, Table 17 says 1.0."""
+
+    maskgit_steps: int = Field(25, ge=1)
+    temperature: float = Field(1.0, ge=0, description="of the token distribution; 0 takes the most likely token")
+
+
+class OptimizerConfig(ConfigNode):
+    """AdamW with linear warm-up and cosine decay (Tables 8 and 9)."""
+
+    max_lr: float = Field(gt=0)
+    min_lr: float = Field(ge=0)
+    beta1: float = 0.9
+    beta2: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_steps: int = Field(ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class StageConfig(ConfigNode):
+    """One training stage of the one trainer."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="clips per step")
+    optimizer: OptimizerConfig
+    precision: Literal["bf16", "fp32"] = "bf16"
+    log_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+
+
+class EvaluationConfig(ConfigNode):
+    """What is measured on held-out levels (section 3, Metrics)."""
+
+    clips: int = Field(64, ge=2)
+    prompt_frames: int = Field(1, ge=1, description="real frames a rollout starts from")
+    horizon: int = Field(4, ge=1, description="t of delta-t PSNR; the paper reports t = 4")
+    grid_prompts: int = Field(4, ge=1, description="rows of the action grid (Figure 17)")
+    grid_repeats: int = Field(5, ge=1, description="times each latent action is taken in the grid")
+
+
+class PromotionConfig(ConfigNode):
+    """When a candidate may become the champion."""
+
+    min_delta_psnr: float = Field(0.0, description="delta PSNR must lie above this, or the actions do nothing")
+    min_action_usage: float = Field(0.5, ge=0, le=1, description="share of latent actions that must be in use")
+
+
+class Config(ConfigNode):
+    """The whole experiment."""
+
+    name: str
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig
+    lam: LAMConfig
+    dynamics: DynamicsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    train_tokenizer: StageConfig
+    train_world: StageConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    promotion: PromotionConfig = PromotionConfig()
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        for part in ("tokenizer", "lam"):
+            patch = getattr(self, part).patch_size
+            if self.data.frame_size % patch:
+                raise ValueError(f"{part}.patch_size={patch} does not divide data.frame_size={self.data.frame_size}")
+        if self.evaluation.prompt_frames + self.evaluation.horizon > self.data.clip_length:
+            raise ValueError(
+                f"evaluation.prompt_frames + evaluation.horizon must be at most data.clip_length={self.data.clip_length}"
+            )
+        if self.dynamics.mask_rate_min > self.dynamics.mask_rate_max:
+            raise ValueError("dynamics.mask_rate_min is above dynamics.mask_rate_max")
+        return self
+
+    @property
+    def num_actions(self) -> int:
+        """|A|, the number of latent actions."""
+        return self.lam.codebook.num_codes
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return (self.data.frame_size // self.tokenizer.patch_size) ** 2 * self.tokenizer.codes_per_patch
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """Raises ValueError with every field that is wrong."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ValueError(_readable(error)) from None
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted names of all leaves, as MLflow's params table shows them."""
+        return dict(_leaves(self.model_dump(), ""))
+
+    def digest(self, *parts: str) -> str:
+        """12 hex digits that change when any of the named top-level parts (default: all) changes."""
+        dump = self.model_dump(mode="json", include=set(parts) or None)
+        return hashlib.sha256(json.dumps(dump, sort_keys=True).encode()).hexdigest()[:12]
+
+    def with_overrides(self, *assignments: str) -> Config:
+        """A copy with `dotted.name=value` assignments applied; values are read as JSON, else as text.
+
+        Raises ValueError naming the closest field when a name is unknown, and what is allowed when a value is wrong.
+        """
+        tree = self.model_dump(mode="json")
+        for assignment in assignments:
+            name, separator, text = assignment.partition("=")
+            if not separator:
+                raise ValueError(f"override {assignment!r} is not of the form name=value")
+            node, *leaf = _walk(tree, name)
+            try:
+                node[leaf[0]] = json.loads(text)
+            except json.JSONDecodeError:
+                node[leaf[0]] = text
+        return Config.from_json(json.dumps(tree))
+
+
+def _walk(tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """The node that holds the leaf `name`, and the leaf's own name."""
+    *path, leaf = name.split(".")
+    node: Any = tree
+    for part in path:
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or leaf not in node or isinstance(node[leaf], dict):
+        known = [leaf_name for leaf_name, _ in _leaves(tree, "")]
+        raise ValueError(f"unknown config field {name!r}{_did_you_mean(name, known)}")
+    return node, leaf
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    leaves = []
+    for name, value in tree.items():
+        leaves += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return leaves
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _readable(error: ValidationError) -> str:
+    lines = [f"{'.'.join(str(part) for part in e['loc']) or 'config'}: {e['msg']}" for e in error.errors()]
+    return "; ".join(lines)

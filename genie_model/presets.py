@@ -1,0 +1,96 @@
+"""Named configs: the paper's case study, and small ones that run on a laptop."""
+
+from __future__ import annotations
+
+from genie_model.config import (
+    CodebookConfig,
+    Config,
+    DataConfig,
+    DynamicsConfig,
+    EvaluationConfig,
+    LAMConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    StageConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    _did_you_mean,
+)
+
+
+def _coinrun() -> Config:
+    """The reproducible case study of App. F: Tables 15, 16 and 17; a week on one mid-range accelerator."""
+    eight_layers = TransformerConfig(num_layers=8, d_model=512, num_heads=8, head_dim=64)
+    table_8 = OptimizerConfig(max_lr=3e-4, min_lr=3e-4, warmup_steps=10_000)
+    table_9 = OptimizerConfig(max_lr=3e-5, min_lr=3e-6, warmup_steps=5_000)
+    return Config(
+        name="coinrun",
+        tokenizer=TokenizerConfig(
+            patch_size=4, encoder=eight_layers, decoder=eight_layers, codebook=CodebookConfig(num_codes=1024)
+        ),
+        lam=LAMConfig(
+            patch_size=16, encoder=eight_layers, decoder=eight_layers, codebook=CodebookConfig(num_codes=6)
+        ),
+        dynamics=DynamicsConfig(
+            transformer=TransformerConfig(num_layers=12, d_model=512, num_heads=8, head_dim=64)
+        ),
+        sampling=SamplingConfig(maskgit_steps=25, temperature=1.0),
+        train_tokenizer=StageConfig(steps=300_000, batch_size=48, optimizer=table_8, checkpoint_every=5_000),
+        train_world=StageConfig(steps=200_000, batch_size=36, optimizer=table_9, checkpoint_every=5_000),
+    )
+
+
+def _demo() -> Config:
+    """From nothing to a playable CoinRun in a quarter of an hour on two CPU cores."""
+    small = TransformerConfig(num_layers=4, d_model=128, num_heads=4, head_dim=32)
+    fast = OptimizerConfig(max_lr=1e-3, min_lr=1e-4, beta2=0.99, warmup_steps=100)
+    return Config(
+        name="demo",
+        data=DataConfig(train_levels=1024, steps_per_level=64, action_hold=8),
+        tokenizer=TokenizerConfig(
+            patch_size=8, codes_per_patch=4, encoder=small, decoder=small, codebook=CodebookConfig(num_codes=512)
+        ),
+        lam=LAMConfig(patch_size=16, encoder=small, decoder=small, codebook=CodebookConfig(num_codes=6)),
+        dynamics=DynamicsConfig(transformer=TransformerConfig(num_layers=8, d_model=128, num_heads=4, head_dim=32)),
+        sampling=SamplingConfig(maskgit_steps=8, temperature=1.0),
+        train_tokenizer=StageConfig(steps=2000, batch_size=4, optimizer=fast),
+        train_world=StageConfig(steps=2000, batch_size=4, optimizer=fast),
+    )
+
+
+def _tiny() -> Config:
+    """Every part at its smallest: what the tests train, in seconds. Its pictures mean nothing."""
+    tiny = TransformerConfig(num_layers=2, d_model=32, num_heads=2, head_dim=16)
+    fast = OptimizerConfig(max_lr=3e-3, min_lr=3e-4, beta2=0.99, warmup_steps=2)
+    stage = StageConfig(steps=8, batch_size=2, optimizer=fast, log_every=2, checkpoint_every=4)
+    return Config(
+        name="tiny",
+        data=DataConfig(
+            clip_length=8, train_levels=8, eval_levels=4, steps_per_level=24, eval_steps_per_level=24, levels_per_shard=4
+        ),
+        tokenizer=TokenizerConfig(
+            patch_size=16, codes_per_patch=2, encoder=tiny, decoder=tiny, codebook=CodebookConfig(num_codes=16)
+        ),
+        lam=LAMConfig(patch_size=16, encoder=tiny, decoder=tiny, codebook=CodebookConfig(num_codes=4)),
+        dynamics=DynamicsConfig(transformer=tiny),
+        sampling=SamplingConfig(maskgit_steps=2),
+        train_tokenizer=stage,
+        train_world=stage,
+        evaluation=EvaluationConfig(clips=4, grid_prompts=2, grid_repeats=2),
+    )
+
+
+_PRESETS = {"coinrun": _coinrun, "demo": _demo, "tiny": _tiny}
+
+
+def preset_names() -> list[str]:
+    return sorted(_PRESETS)
+
+
+def get_preset(name: str) -> Config:
+    """The named config. Raises ValueError that lists the names and offers the closest."""
+    if name not in _PRESETS:
+        raise ValueError(
+            f"unknown preset {name!r}{_did_you_mean(name, preset_names())} Presets: {', '.join(preset_names())}"
+        )
+    return _PRESETS[name]()
