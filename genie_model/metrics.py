@@ -1,0 +1,313 @@
+"""What is measured on held-out levels, as pure functions on arrays (torch CPU tensors are arrays too).
+
+Frames of one level resemble each other, so levels, not frames, are the sample: every interval resamples whole levels.
+For that, a statistic is written as a function of totals: each level contributes an array of sums (errors, counts, a
+confusion table), a resample adds up the levels that it drew, and the statistic reads the total.
+
+Legend: N samples, L levels, R resamples, K latent codes, C true classes, D features; B T H W C as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# CoinRun's 15 actions: the last six are the keys D A W S Q E, which the game ignores, so they count as "none".
+COINRUN_KEYS = ("left down", "left", "left up", "down", "none", "up", "right down", "right", "right up")
+DIRECTIONS = ("left", "none", "right")
+MAX_PSNR = 100.0  # dB, what equal frames score; infinity would spoil every mean
+MIN_ACTION_SHARE = 0.01  # a latent action that explains fewer transitions than this is not in use
+
+
+class Estimate(NamedTuple):
+    """A statistic and the half width of its 95% interval over levels."""
+
+    value: float
+    ci95: float
+
+
+class VideoFeatures(Protocol):
+    """What a Frechet video distance compares; `name` goes into the metric's name."""
+
+    name: str
+
+    def __call__(self, videos_BTHWC: NDArray[np.uint8]) -> Floats:
+        """Features (B, D)."""
+
+
+# --- intervals over levels ---
+
+
+def bootstrap(
+    totals_LX: ArrayLike, statistic: Callable[[Any], float], *, resamples: int = 1000, seed: int = 0
+) -> Estimate:
+    """`statistic` of the levels' summed totals (L, ...), with a percentile bootstrap over levels."""
+    totals_LX = np.asarray(totals_LX, np.float64)
+    num_levels = len(totals_LX)
+    draws_RL = np.random.default_rng(seed).multinomial(num_levels, np.full(num_levels, 1 / num_levels), size=resamples)
+    values_R = [statistic(np.tensordot(draws_L, totals_LX, axes=1)) for draws_L in draws_RL.astype(np.float64)]
+    low, high = np.nanpercentile(values_R, [2.5, 97.5])
+    return Estimate(float(statistic(totals_LX.sum(0))), float(high - low) / 2)
+
+
+def mean_over_levels(values_N: ArrayLike, levels_N: ArrayLike) -> Estimate:
+    """The mean of all values, with its interval over the levels that they came from."""
+    values_N = np.asarray(values_N, np.float64)
+    totals_L2 = _sum_by_level(np.stack([values_N, np.ones_like(values_N)], -1), levels_N)
+    return bootstrap(totals_L2, lambda total: total[0] / total[1])
+
+
+def ratio_over_levels(numerator_N: ArrayLike, denominator_N: ArrayLike, levels_N: ArrayLike) -> Estimate:
+    """The ratio of two sums (an error over its baseline), with its interval over levels."""
+    pairs_N2 = np.stack([np.asarray(numerator_N, np.float64), np.asarray(denominator_N, np.float64)], -1)
+    return bootstrap(_sum_by_level(pairs_N2, levels_N), lambda total: total[0] / max(total[1], 1e-12))
+
+
+def flatten(estimates: Mapping[str, Estimate | float]) -> dict[str, float]:
+    """The flat dict that a tracker takes: an Estimate becomes `name` and `name_ci95`."""
+    flat: dict[str, float] = {}
+    for name, estimate in estimates.items():
+        if isinstance(estimate, Estimate):
+            flat[name], flat[f"{name}_ci95"] = estimate
+        else:
+            flat[name] = float(estimate)
+    return flat
+
+
+# --- pictures ---
+
+
+def mean_squared_error(truth: ArrayLike, prediction: ArrayLike) -> Floats:
+    """Of frames (..., H, W, C), uint8 or in [0, 1]: (...) in squared units of [0, 1]."""
+    difference = _unit(truth) - _unit(prediction)
+    return np.asarray(np.square(difference).mean(axis=(-3, -2, -1)), np.float64)
+
+
+def psnr(truth: ArrayLike, prediction: ArrayLike) -> Floats:
+    """Peak signal-to-noise ratio in dB of each frame (..., H, W, C), uint8 or in [0, 1]; at most MAX_PSNR."""
+    return np.asarray(-10 * np.log10(np.maximum(mean_squared_error(truth, prediction), 10 ** (-MAX_PSNR / 10))))
+
+
+def delta_psnr(truth: ArrayLike, inferred: ArrayLike, random: ArrayLike) -> Floats:
+    """Controllability (section 3): how much closer to the truth the inferred actions lead than random ones, in dB."""
+    return np.asarray(psnr(truth, inferred) - psnr(truth, random))
+
+
+# --- codes ---
+
+
+def code_usage(codes: ArrayLike, num_codes: int, *, min_share: float = 0.0) -> float:
+    """The share of the codebook in use: codes that make up more than `min_share` of all."""
+    counts_K = np.bincount(_ints(codes), minlength=num_codes)
+    return float(np.mean(counts_K > min_share * counts_K.sum()))
+
+
+def code_perplexity(codes: ArrayLike, num_codes: int) -> float:
+    """2 to the entropy of the codes' distribution: num_codes when all are used equally, 1 when one is used."""
+    counts_K = np.bincount(_ints(codes), minlength=num_codes)
+    return float(2 ** _entropy_bits(counts_K))
+
+
+# --- latent actions beside true ones ---
+
+
+def coinrun_buttons(actions: ArrayLike) -> Ints:
+    """True actions 0..14 as the nine that differ in effect, the indices of COINRUN_KEYS."""
+    actions_N = _ints(actions)
+    return np.where(actions_N < len(COINRUN_KEYS), actions_N, COINRUN_KEYS.index("none"))
+
+
+def coinrun_direction(actions: ArrayLike) -> Ints:
+    """True actions 0..14 as the indices of DIRECTIONS."""
+    return coinrun_buttons(actions) // 3
+
+
+def majority_chance(truth_N: ArrayLike) -> float:
+    """The accuracy of always saying the most frequent class."""
+    return float(np.bincount(_ints(truth_N)).max() / np.size(truth_N))
+
+
+def map_accuracy(latents_N: ArrayLike, truth_N: ArrayLike, levels_N: ArrayLike) -> Estimate:
+    """How often the best latent -> class map is right; beside it, `majority_chance`. Cross-fitted by levels."""
+    return accuracy(truth_N, _cross_fitted_classes(latents_N, truth_N, levels_N, balanced=False), levels_N)
+
+
+def map_balanced_accuracy(latents_N: ArrayLike, truth_N: ArrayLike, levels_N: ArrayLike) -> Estimate:
+    """The mean recall over classes of the latent -> class map best for it; chance is 1 / C. Cross-fitted by levels."""
+    return balanced_accuracy(truth_N, _cross_fitted_classes(latents_N, truth_N, levels_N, balanced=True), levels_N)
+
+
+def accuracy(truth_N: ArrayLike, predicted_N: ArrayLike, levels_N: ArrayLike) -> Estimate:
+    return mean_over_levels(_ints(truth_N) == _ints(predicted_N), levels_N)
+
+
+def balanced_accuracy(truth_N: ArrayLike, predicted_N: ArrayLike, levels_N: ArrayLike) -> Estimate:
+    """The mean over true classes of their recall."""
+    wrong_and_right_LC2 = _tables_by_level(truth_N, _ints(truth_N) == _ints(predicted_N), levels_N)
+
+    def mean_recall(wrong_and_right_C2: Floats) -> float:
+        present_C2 = wrong_and_right_C2[wrong_and_right_C2.sum(1) > 0]
+        return float(np.mean(present_C2[:, 1] / present_C2.sum(1)))
+
+    return bootstrap(wrong_and_right_LC2, mean_recall)
+
+
+def mutual_information_bits(
+    latents_N: ArrayLike, truth_N: ArrayLike, levels_N: ArrayLike, *, shifts: int = 20
+) -> Estimate:
+    """Mutual information of latents and true classes in bits, less its bias.
+
+    The bias is the mean plug-in estimate when the truth is shifted against the latents by whole levels: unlike
+    Miller-Madow's, it knows that neighbours in time are alike. Samples must lie in order of level and time.
+    """
+    truth_N = _ints(truth_N)
+    level_starts = np.flatnonzero(np.diff(np.asarray(levels_N))) + 1
+    if not len(level_starts):
+        raise ValueError("mutual information needs at least 2 held-out levels; raise data.eval_levels")
+    offsets = np.random.default_rng(0).permutation(level_starts)[:shifts]
+    shifted = [_tables_by_level(latents_N, np.roll(truth_N, offset), levels_N).sum(0) for offset in offsets]
+    bias = float(np.mean([_plug_in_information_bits(table_KC) for table_KC in shifted]))
+    estimate = bootstrap(_tables_by_level(latents_N, truth_N, levels_N), _plug_in_information_bits)
+    return Estimate(estimate.value - bias, estimate.ci95)
+
+
+def explained_variance(latents_N: ArrayLike, truth_N: ArrayLike, levels_N: ArrayLike) -> Estimate:
+    """The share of a continuous truth's variance that its mean given the latent explains.
+
+    Cross-fitted by levels: means from one half predict the other, so unrelated latents score about 0 (slightly below).
+    """
+    latents_N, truth_N = _ints(latents_N), np.asarray(truth_N, np.float64)
+    predicted_N = np.empty_like(truth_N)
+    for fit_N in _halves(levels_N):
+        counts_K = np.bincount(latents_N[fit_N], minlength=latents_N.max() + 1)
+        sums_K = np.bincount(latents_N[fit_N], weights=truth_N[fit_N], minlength=latents_N.max() + 1)
+        mean_K = np.where(counts_K > 0, sums_K / np.maximum(counts_K, 1), truth_N[fit_N].mean())
+        predicted_N[~fit_N] = mean_K[latents_N[~fit_N]]
+    centred_N = truth_N - truth_N.mean()  # so that the squares below do not cancel
+    moments_N4 = np.stack(
+        [np.square(truth_N - predicted_N), np.square(centred_N), centred_N, np.ones_like(truth_N)], -1
+    )
+    return bootstrap(
+        _sum_by_level(moments_N4, levels_N), lambda sums: 1 - sums[0] / max(sums[1] - sums[2] ** 2 / sums[3], 1e-12)
+    )
+
+
+def latents_beside_truth(
+    latents_N: ArrayLike, actions_N: ArrayLike, dx_N: ArrayLike, dy_N: ArrayLike, levels_N: ArrayLike, num_actions: int
+) -> dict[str, float]:
+    """Everything that is said about latent actions: use, and what they tell of the true ones (evaluation only).
+
+    `latents_N[i]` and the true `actions_N[i]` lead between the same two frames, over which the agent moves by
+    (`dx_N[i]`, `dy_N[i]`) world units. Samples lie in order of level and time.
+    """
+    buttons_N, direction_N = coinrun_buttons(actions_N), coinrun_direction(actions_N)
+    return flatten(
+        {
+            "lam_action_usage": code_usage(latents_N, num_actions, min_share=MIN_ACTION_SHARE),
+            "lam_action_perplexity": code_perplexity(latents_N, num_actions),
+            "direction_balanced_accuracy": map_balanced_accuracy(latents_N, direction_N, levels_N),
+            "direction_chance": 1 / len(DIRECTIONS),
+            "action_accuracy": map_accuracy(latents_N, buttons_N, levels_N),
+            "action_chance": majority_chance(buttons_N),
+            "action_mutual_information_bits": mutual_information_bits(latents_N, buttons_N, levels_N),
+            "displacement_x_explained": explained_variance(latents_N, dx_N, levels_N),
+            "displacement_y_explained": explained_variance(latents_N, dy_N, levels_N),
+        }
+    )
+
+
+def contingency_table(rows_N: ArrayLike, columns_N: ArrayLike, num_rows: int, num_columns: int) -> Ints:
+    """Counts (num_rows, num_columns) of how often two codes meet."""
+    cells_N = _ints(rows_N) * num_columns + _ints(columns_N)
+    return np.bincount(cells_N, minlength=num_rows * num_columns).reshape(num_rows, num_columns)
+
+
+# --- sets of videos ---
+
+
+def frechet_distance(a_ND: ArrayLike, b_MD: ArrayLike) -> float:
+    """Squared Frechet (2-Wasserstein) distance between Gaussians fitted to two sets of features.
+
+    tr((S_a S_b)^1/2) is the nuclear norm of A B^T, where A and B are the centred features over sqrt(n - 1), or their
+    triangular factors: no matrix root of a covariance, which fewer samples than features would leave singular.
+    """
+    a_ND, b_MD = np.asarray(a_ND, np.float64), np.asarray(b_MD, np.float64)
+    if min(len(a_ND), len(b_MD)) < 2:
+        raise ValueError("a Frechet distance needs at least 2 samples on both sides; raise evaluation.clips")
+    mean_a_D, mean_b_D = a_ND.mean(0), b_MD.mean(0)
+    root_a_ND, root_b_MD = (a_ND - mean_a_D) / np.sqrt(len(a_ND) - 1), (b_MD - mean_b_D) / np.sqrt(len(b_MD) - 1)
+    factor_a, factor_b = (np.asarray(np.linalg.qr(root, mode="r"), np.float64) for root in (root_a_ND, root_b_MD))
+    cross = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
+    squared = np.square(mean_a_D - mean_b_D).sum() + np.square(root_a_ND).sum() + np.square(root_b_MD).sum() - 2 * cross
+    return float(max(squared, 0.0))
+
+
+def frechet_video_distance(real_BTHWC: ArrayLike, made_BTHWC: ArrayLike, features: VideoFeatures) -> float:
+    """The Frechet distance between the features of real and made uint8 videos."""
+    return frechet_distance(features(np.asarray(real_BTHWC)), features(np.asarray(made_BTHWC)))
+
+
+# --- small parts ---
+
+
+def _unit(frames: ArrayLike) -> NDArray[np.float32]:
+    array = np.asarray(frames)
+    return array.astype(np.float32) / 255 if array.dtype == np.uint8 else array.astype(np.float32)
+
+
+def _ints(values: ArrayLike) -> Ints:
+    return np.asarray(values).astype(np.int64).ravel()
+
+
+def _halves(levels_N: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Every other level and the rest, as masks over the samples."""
+    levels, index_N = np.unique(np.asarray(levels_N), return_inverse=True)
+    if len(levels) < 2:
+        raise ValueError("cross-fitting needs at least 2 held-out levels; raise data.eval_levels")
+    first_N = index_N % 2 == 0
+    return first_N, ~first_N
+
+
+def _cross_fitted_classes(latents_N: ArrayLike, truth_N: ArrayLike, levels_N: ArrayLike, *, balanced: bool) -> Ints:
+    """Each half of the levels classified by the best map of the other half, so that chance stays chance."""
+    latents_N, truth_N = _ints(latents_N), _ints(truth_N)
+    predicted_N = np.empty_like(truth_N)
+    for fit_N in _halves(levels_N):
+        table_KC = contingency_table(latents_N[fit_N], truth_N[fit_N], latents_N.max() + 1, truth_N.max() + 1)
+        total_C = table_KC.sum(0)
+        score_KC = table_KC / np.maximum(total_C, 1) if balanced else table_KC
+        best_K = np.where(table_KC.any(1), score_KC.argmax(1), total_C.argmax())
+        predicted_N[~fit_N] = best_K[latents_N[~fit_N]]
+    return predicted_N
+
+
+def _sum_by_level(values_NX: Floats, levels_N: ArrayLike) -> Floats:
+    levels, index_N = np.unique(np.asarray(levels_N), return_inverse=True)
+    totals_LX = np.zeros((len(levels), *values_NX.shape[1:]))
+    np.add.at(totals_LX, index_N, values_NX)
+    return totals_LX
+
+
+def _tables_by_level(rows_N: ArrayLike, columns_N: ArrayLike, levels_N: ArrayLike) -> Floats:
+    """A contingency table per level: (L, largest row + 1, largest column + 1)."""
+    rows_N, columns_N = _ints(rows_N), _ints(columns_N)
+    num_rows, num_columns = int(rows_N.max()) + 1, int(columns_N.max()) + 1
+    levels, index_N = np.unique(np.asarray(levels_N), return_inverse=True)
+    table = contingency_table(index_N * num_rows + rows_N, columns_N, len(levels) * num_rows, num_columns)
+    return table.reshape(len(levels), num_rows, num_columns).astype(np.float64)
+
+
+def _entropy_bits(counts: ArrayLike) -> float:
+    counts = np.asarray(counts, np.float64).ravel()
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def _plug_in_information_bits(table_KC: Floats) -> float:
+    return _entropy_bits(table_KC.sum(1)) + _entropy_bits(table_KC.sum(0)) - _entropy_bits(table_KC)
