@@ -1,0 +1,85 @@
+"""Training batches: random clips, each once per epoch, a pure function of (data set, seed, step, rank)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genie_model.data.store import VideoStore
+
+
+class ClipLoader:
+    """Batches of clips of `clip_length` consecutive frames from the train split.
+
+    A clip may start at any frame. An epoch takes every clip once, in an order that (seed, epoch) decides and that is computed,
+    not stored: resuming needs the step alone. `batch_size` counts the clips of all ranks; the batch does not depend on
+    `world_size`, rank r of w gets its r-th of w equal slices. Raises ValueError for the eval split, a batch that the ranks
+    cannot share evenly, and clips longer than every episode.
+    """
+
+    def __init__(
+        self, store: VideoStore, batch_size: int, clip_length: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if store.split != "train":
+            raise ValueError(f"{store.uri} is the {store.split} split, which is never trained on: open the train split")
+        if batch_size % world_size:
+            raise ValueError(f"batch_size={batch_size} cannot be shared by {world_size} ranks: use a multiple of it")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} is not in 0..{world_size - 1}")
+        self.store, self.batch_size, self.clip_length, self.seed = store, batch_size, clip_length, seed
+        self.clips = store.clips(clip_length, stride=1)
+        local = batch_size // world_size
+        self._slice = np.arange(rank * local, (rank + 1) * local)
+
+    def batch(self, step: int) -> NDArray[np.uint8]:
+        """uint8 (B,T,H,W,3), this rank's part of the batch of this step."""
+        epoch, position = np.divmod(step * self.batch_size + self._slice, len(self.clips))
+        chosen = [
+            self.clips[_shuffled(p, len(self.clips), self.seed, e)]
+            for e, p in zip(epoch.tolist(), position.tolist(), strict=True)
+        ]
+        return np.stack([self.store.frames(episode, start, self.clip_length) for episode, start in chosen])
+
+    def stream(self, start_step: int, stop_step: int, prefetch: int = 4) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """(step, batch) of every step in the range; one background thread makes up to `prefetch` of them ahead.
+
+        An error in the thread is raised here. The thread ends with the iterator, however that ends.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="clips") as pool:
+            ahead: deque[Future[NDArray[np.uint8]]] = deque()
+            try:
+                for step in range(start_step, stop_step):
+                    while len(ahead) <= prefetch and step + len(ahead) < stop_step:
+                        ahead.append(pool.submit(self.batch, step + len(ahead)))
+                    yield step, ahead.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _shuffled(position: int, size: int, seed: int, epoch: int) -> int:
+    """Where a random permutation of range(size) sends `position`, without making the permutation.
+
+    A Feistel network permutes the numbers of an even count of bits whatever its round function is; following it from a
+    number below `size` until it comes back below `size` permutes range(size) (Black and Rogaway, 2002).
+    """
+    half = max((size - 1).bit_length() + 1, 2) // 2
+    low = (1 << half) - 1
+    keys = np.random.SeedSequence((seed, epoch)).generate_state(4, np.uint64).tolist()
+    while True:
+        left, right = position >> half, position & low
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & low)
+        position = left << half | right
+        if position < size:
+            return position
+
+
+def _mix(x: int) -> int:
+    """SplitMix64's finaliser: every bit of the input moves every bit of the output."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31
