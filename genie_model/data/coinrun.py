@@ -39,8 +39,8 @@ FRAME_SHAPE = (64, 64, 3)
 _RESET = -1  # the action that makes Procgen start a new episode
 _MAX_WAITING = 4  # blocks of CHUNK_FRAMES x levels_per_shard frames that wait to be compressed
 
-# Procgen's saved state, little-endian: version, the name "coinrun" after its length, 12 options, grid step, the range of
-# levels (low, high), game type and number, two random generators, ..., the entities.
+# Procgen's saved state, little-endian: version, the name "coinrun" after its length, 12 options, grid step, range
+# of levels (low, high), game type and number, two random generators, ..., the entities.
 _LEVEL_RANGE = 4 + (4 + 7) + 13 * 4
 _RANDOM_GENERATORS = _LEVEL_RANGE + 4 * 4
 _WORDS_TO_ENTITIES = 16
@@ -54,9 +54,9 @@ _AGENT = ("agent_x", "agent_y", "agent_vx", "agent_vy")
 def collect(config: Config, root_uri: str, log: RunLog = NoLog()) -> str:  # noqa: B008
     """Records both splits of `config.data` and returns the data set's URI, <root_uri>/datasets/coinrun-<digest>.
 
-    The splits are the stores <uri>/train and <uri>/eval. What is finished is reused; an interrupted or damaged data set is
-    carried on shard by shard, to the same bytes. Raises ValueError when the config asks for what Procgen cannot do, OSError
-    when the disk is full (finished shards are kept).
+    The splits are the stores <uri>/train and <uri>/eval. Whole shards are reused and only missing or truncated ones are
+    made, to the same bytes whatever was interrupted before. Raises ValueError when the config asks for what Procgen
+    cannot do or the data set there has another config, OSError when the disk is full (finished shards are kept).
     """
     if (config.data.frame_size, config.data.frame_size, 3) != FRAME_SHAPE:
         raise ValueError(f"Procgen renders 64 x 64 pixels: set data.frame_size=64, not {config.data.frame_size}")
@@ -82,11 +82,9 @@ def num_shards(data: DataConfig, split: Split) -> int:
 
 def levels(data: DataConfig, split: Split) -> range:
     """The level seeds of a split; the config keeps the two apart."""
-    return (
-        range(data.train_levels)
-        if split == "train"
-        else range(data.eval_first_level, data.eval_first_level + data.eval_levels)
-    )
+    if split == "train":
+        return range(data.train_levels)
+    return range(data.eval_first_level, data.eval_first_level + data.eval_levels)
 
 
 def random_actions(data: DataConfig, split: Split, level: int, steps: int) -> NDArray[np.int32]:
@@ -147,9 +145,9 @@ def _start_shard(
     first_NT = np.zeros(action_NT.shape, bool)
     agent_NT4 = np.zeros((*action_NT.shape, len(_AGENT)), np.float32)
     blocks: list[Future[list[list[bytes]]]] = []
-    env = _simulator(len(seeds))
+    env = simulator(len(seeds))
     try:
-        _enter_levels(env, seeds)
+        enter_levels(env, seeds)
         for start in range(0, steps, CHUNK_FRAMES):
             stop = min(start + CHUNK_FRAMES, steps)
             block_NTHWC = np.empty((len(seeds), stop - start, *FRAME_SHAPE), np.uint8)
@@ -201,16 +199,16 @@ def _compress(block_NTHWC: NDArray[np.uint8], first_NT: NDArray[np.bool_]) -> li
     ]
 
 
-def _simulator(num: int) -> ProcgenGym3Env:
+def simulator(num: int) -> ProcgenGym3Env:
     return ProcgenGym3Env(
         num=num, env_name="coinrun", distribution_mode="hard", num_threads=min(os.cpu_count() or 1, num), rand_seed=0
     )
 
 
-def _enter_levels(env: ProcgenGym3Env, seeds: Sequence[int]) -> None:
+def enter_levels(env: ProcgenGym3Env, seeds: Sequence[int]) -> None:
     """Makes simulator i play level seeds[i], again and again.
 
-    Procgen has no call for it, but its saved state holds the range that the next level is drawn from: narrow that range to
+    Procgen has no call for it, but its saved state holds the range that the next level is drawn from: narrow that to
     one level, and force a reset.
     """
     states = env.callmethod("get_state")

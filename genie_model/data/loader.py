@@ -15,10 +15,10 @@ from genie_model.data.store import VideoStore
 class ClipLoader:
     """Batches of clips of `clip_length` consecutive frames from the train split.
 
-    A clip may start at any frame. An epoch takes every clip once, in an order that (seed, epoch) decides and that is computed,
-    not stored: resuming needs the step alone. `batch_size` counts the clips of all ranks; the batch does not depend on
-    `world_size`, rank r of w gets its r-th of w equal slices. Raises ValueError for the eval split, a batch that the ranks
-    cannot share evenly, and clips longer than every episode.
+    A clip may start at any frame. An epoch takes every clip once, in an order that (seed, epoch) decides and that is
+    computed, not stored: resuming needs the step alone. `batch_size` counts the clips of all ranks; the batch does not
+    depend on `world_size`, rank r of w gets its r-th of w equal slices. Raises ValueError for the eval split, a batch
+    that the ranks cannot share evenly, and clips longer than every episode.
     """
 
     def __init__(

@@ -2,12 +2,12 @@
 
     <uri>/shard-00000.tar     WebDataset layout: <key>.rgb.zst (the frames) and <key>.json per episode
     <uri>/truth-00000.npz     what a model must never see; only truth.py opens it
-    <uri>/shard-00000.json    the shard's manifest; written last, so a shard that has one is whole
-    <uri>/index.json          all manifests and what they are of; written last of all, so a data set that has one is whole
+    <uri>/shard-00000.json    the shard's manifest; written last: the shard is whole
+    <uri>/index.json          all manifests, and what was collected; written last of all: the data set is whole
 
 An episode's frames are consecutive zstd frames ("chunks") of up to CHUNK_FRAMES uint8 RGB pictures. That is lossless,
-takes a fourteenth of the raw size, costs less to make than the simulation, and lets a random clip decompress one or two chunks
-instead of the episode. Any streaming zstd reader reads the whole member.
+takes a fourteenth of the raw size, costs less to make than the simulation, and a random clip decompresses one or two
+chunks, not the episode. Any streaming zstd reader reads the whole member.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def write_shard(
             _add(tar, f"{key}.json", json.dumps({**entry, "frame_shape": frame_shape, "dtype": "uint8"}).encode())
             entries.append({"offset": offset, **entry})
     truth_bytes = io.BytesIO()
-    np.savez(truth_bytes, **truth)  # type: ignore[arg-type]
+    np.savez(truth_bytes, **truth)
     tar_name, truth_name, manifest_name = _names(shard)
     manifest = {
         "format": FORMAT,
@@ -95,7 +95,10 @@ def _is_whole(fs: fsspec.AbstractFileSystem, root: str, sizes: Mapping[str, int]
     tar_name, truth_name, manifest_name = _names(shard)
     if manifest_name not in sizes:
         return False
-    manifest = json.loads(fs.cat_file(f"{root}/{manifest_name}"))
+    try:
+        manifest = json.loads(fs.cat_file(f"{root}/{manifest_name}"))
+    except ValueError:  # not JSON, or not even text
+        return False
     expected = (FORMAT, manifest["bytes"], manifest["truth"]["bytes"])
     return expected == (manifest["format"], sizes.get(tar_name), sizes.get(truth_name))
 
@@ -128,7 +131,9 @@ def read_index(uri: str) -> tuple[dict[str, Any], str]:
     try:
         index = json.loads(data)
         if index["format"] != FORMAT:
-            raise ValueError(f"{uri} has data format {index['format']}, this version reads {FORMAT}: collect it anew")
+            raise ValueError(
+                f"{uri} has data format {index['format']}, this version reads {FORMAT}: delete it and run collect again"
+            )
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{uri}/index.json is damaged: delete it and run collect again") from None
     if not any(shard["episodes"] for shard in index["shards"]):

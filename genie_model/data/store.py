@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -22,8 +23,8 @@ from genie_model.data.shards import CHUNK_FRAMES, file_sizes, read_index
 class VideoStore:
     """A read-only data set of episodes; safe to read from several threads.
 
-    Local shards are read in place. Remote ones (gs://, s3://, memory://, ...) are downloaded whole when first touched, to
-    $GENIE_CACHE_DIR (default ~/.cache/genie) under their checksum: runs and ranks share them and none is stale.
+    Local shards are read in place. Remote ones (gs://, s3://, memory://, ...) are downloaded whole when first touched,
+    to $GENIE_CACHE_DIR (default ~/.cache/genie) under their checksum: runs and ranks share them and none is stale.
     """
 
     def __init__(self, uri: str, index: Mapping[str, Any], digest: str) -> None:
@@ -33,7 +34,7 @@ class VideoStore:
         self._fs, self._root = url_to_fs(uri)
         self._shards = [{name: shard[name] for name in ("name", "bytes", "sha256")} for shard in index["shards"]]
         self._episodes = [(i, episode) for i, shard in enumerate(index["shards"]) for episode in shard["episodes"]]
-        self._files: dict[int, BinaryIO] = {}
+        self._files: dict[int, io.FileIO] = {}
         self.episode_lengths = np.array([episode["num_frames"] for _, episode in self._episodes])
 
     @classmethod
@@ -43,12 +44,9 @@ class VideoStore:
         store = cls(uri, index, digest)
         sizes = file_sizes(store._fs, store._root)
         for shard in store._shards:
-            if sizes.get(shard["name"]) != shard["bytes"]:
-                found = (
-                    f"has {sizes[shard['name']]} bytes, not {shard['bytes']}"
-                    if shard["name"] in sizes
-                    else "is missing"
-                )
+            size = sizes.get(shard["name"])
+            if size != shard["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
                 raise ValueError(f"{uri}/{shard['name']} {found}: run collect again, it remakes only that")
         return store
 
@@ -95,7 +93,7 @@ class VideoStore:
             )
         episode = np.repeat(np.arange(self.num_episodes), counts)
         start = (np.arange(len(episode)) - np.repeat(counts.cumsum() - counts, counts)) * stride
-        return np.stack([episode, start], axis=1).astype(np.int32)
+        return np.stack([episode, start], axis=1, dtype=np.int32, casting="same_kind")
 
     def verify(self) -> None:
         """Reads every byte. Raises ValueError naming the first shard whose checksum differs from the index."""
@@ -105,7 +103,8 @@ class VideoStore:
                     raise ValueError(self._damaged(number))
 
     def _damaged(self, shard: int) -> str:
-        return f"{self.uri}/{self._shards[shard]['name']} is damaged: delete it and run collect again, it remakes only that"
+        path = f"{self.uri}/{self._shards[shard]['name']}"
+        return f"{path} is damaged: delete it and run collect again, it remakes only that"
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         file = self._files.get(shard)
@@ -123,9 +122,8 @@ class VideoStore:
         cached = cache_dir() / f"{sha256}.tar"
         if not cached.exists():
             cached.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                dir=cached.parent
-            ) as folder:  # other ranks may download it at the same time
+            # In a folder of its own until it is checked: other ranks may download the same shard.
+            with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
                 download = Path(folder) / name
                 self._fs.get_file(f"{self._root}/{name}", str(download))
                 with download.open("rb") as file:
@@ -140,5 +138,5 @@ def cache_dir() -> Path:
     return Path(os.environ.get("GENIE_CACHE_DIR") or Path.home() / ".cache" / "genie")
 
 
-def _sha256(file: BinaryIO) -> str:
+def _sha256(file: io.BufferedReader) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
