@@ -1,0 +1,13 @@
+"""Runs, curves and the model registry. This package is the only import of mlflow."""
+
+import logging
+import os
+
+from genie_model.tracking.registry import Decision, ModelVersion, champion, decide, promote, register
+from genie_model.tracking.runs import StepRun, connect, step
+
+__all__ = ["Decision", "ModelVersion", "StepRun", "champion", "connect", "decide", "promote", "register", "step"]
+
+# A step's screen belongs to its own progress bar and summary.
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+logging.getLogger("mlflow").setLevel(logging.WARNING)

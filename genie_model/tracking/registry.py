@@ -1,0 +1,250 @@
+"""The model registry: versions of "genie", and the alias that says which one is served."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import mlflow
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+from genie_model.config import Config
+from genie_model.progress import summary
+from genie_model.tracking.runs import StepRun, connect
+
+_CODE = Path(__file__).with_name("pyfunc_model.py")
+_FOLDER = "genie"  # the model folder's name inside a version's artifacts
+_REQUIREMENTS = ("torch", "numpy", "einops", "safetensors", "fsspec", "pydantic")
+_DESCRIPTION = (
+    "A world learned from video alone, played with latent actions. The version with the alias **champion** is the one "
+    "that is served: the promote step moves the alias, and moving it by hand on this page does the same."
+)
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A version on local disk; `folder` holds config.json, model.safetensors and start_frames/."""
+
+    name: str
+    version: str
+    run_id: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of a candidate, and why in one line."""
+
+    version: str
+    promoted: bool
+    reason: str
+
+
+def register(model_uri: str, metrics: Mapping[str, float], run: StepRun, name: str = "genie") -> str:
+    """Makes the folder at `model_uri` a version of the registered model `name`; returns the version's number.
+
+    The version belongs to the pipeline's run and carries the held-out `metrics` that promotion compares. A folder that
+    is registered already keeps its version. Raises ValueError when the folder is missing.
+    """
+    client = run.client
+    mlflow.set_tracking_uri(client.tracking_uri)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, _FOLDER)
+        _fetch(model_uri, folder)
+        digest = _digest(folder)
+        if known := _version_with(client, name, digest):
+            mlflow.log_metrics(dict(metrics), run_id=run.parent_id, model_id=_model_id(known))
+            summary("register", f"{name} version {known.version} is this model already")
+            return str(known.version)
+        with mlflow.start_run(run_id=run.parent_id), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*input example was not provided")  # the signature says it
+            logged = mlflow.pyfunc.log_model(
+                name=name,
+                python_model=str(_CODE),
+                artifacts={"genie": str(folder)},
+                signature=_signature(run.config),
+                pip_requirements=[_pinned(library) for library in _REQUIREMENTS],
+            )
+            mlflow.log_metrics(dict(metrics), model_id=logged.model_id)
+        client.update_run(run.parent_id, "RUNNING")  # start_run() ended it; the pipeline goes on
+    _ensure_registered(client, name)
+    tags = {"model_digest": digest, "preset": run.config.name, "trained_at": model_uri}
+    version = client.create_model_version(name, logged.model_uri, run.parent_id, tags)
+    summary("register", f"{name} version {version.version}")
+    return str(version.version)
+
+
+def decide(candidate: Mapping[str, float], champion: Mapping[str, float] | None, config: Config) -> tuple[bool, str]:
+    """The promotion rule, on held-out metrics: (promote?, why).
+
+    1. A collapsed model is refused: delta PSNR not above `promotion.min_delta_psnr` (its actions change nothing), or a
+       smaller share of latent actions in use than `promotion.min_action_usage`.
+    2. Without a champion, what is left is promoted.
+    3. The higher delta PSNR wins when the difference exceeds its 95% interval (both intervals added in quadrature).
+    4. Otherwise the two control alike, and the candidate must draw at least as well: its `rollout_psnr_t1` decides.
+    """
+    name = f"delta_psnr_t{config.evaluation.horizon}"
+    missing = [key for key in (name, "lam_action_usage", "rollout_psnr_t1") if not _finite(candidate.get(key))]
+    if missing:
+        return False, f"refused: it was not measured: {', '.join(missing)} missing or not a number; evaluate it again"
+    delta, usage, picture = candidate[name], candidate["lam_action_usage"], candidate["rollout_psnr_t1"]
+    if delta <= config.promotion.min_delta_psnr:
+        return False, f"refused: collapsed, {name} {delta:.2f} dB is not above {config.promotion.min_delta_psnr:g}"
+    if usage < config.promotion.min_action_usage:
+        least = config.promotion.min_action_usage
+        return False, f"refused: collapsed, {usage:.0%} of its latent actions are in use, at least {least:.0%} must be"
+    if champion is None:
+        return True, f"promoted: the first champion, {name} {delta:.2f} dB"
+    if not _finite(champion.get(name)) or not _finite(champion.get("rollout_psnr_t1")):
+        return False, f"refused: the champion has no {name} to compare with; move the alias by hand to replace it"
+    difference = delta - champion[name]
+    interval = math.hypot(candidate.get(f"{name}_ci95", 0.0), champion.get(f"{name}_ci95", 0.0))
+    compared = f"{name} {delta:.2f} dB against the champion's {champion[name]:.2f} ({difference:+.2f} ± {interval:.2f})"
+    if abs(difference) > interval:
+        return difference > 0, f"{'promoted: better' if difference > 0 else 'refused: worse'}, {compared}"
+    drawn = f"rollout_psnr_t1 {picture:.2f} dB against {champion['rollout_psnr_t1']:.2f}"
+    if picture >= champion["rollout_psnr_t1"]:
+        return True, f"promoted: level in {compared}, and draws as well or better, {drawn}"
+    return False, f"refused: level in {compared}, and draws worse, {drawn}"
+
+
+def promote(version: str, run: StepRun, name: str = "genie", alias: str = "champion") -> Decision:
+    """Gives `alias` to `version` if the rule of `decide()` says so; tags the version with the decision and why."""
+    client = run.client
+    current = _aliased(client, name, alias)
+    if current is not None and str(current.version) == version:
+        decision = Decision(version, True, f"version {version} is the {alias} already")
+    else:
+        measured = _metrics(client, client.get_model_version(name, version))
+        reigning = _metrics(client, current) if current is not None else None
+        promoted, reason = decide(measured, reigning, run.config)
+        decision = Decision(version, promoted, reason)
+        client.set_model_version_tag(name, version, "decision", "promoted" if promoted else "refused")
+        client.set_model_version_tag(name, version, "reason", reason)
+        client.update_model_version(name, version, description=reason)
+        if promoted:
+            client.set_registered_model_alias(name, alias, version)
+    client.set_tag(run.parent_id, "genie.decision", decision.reason)
+    served = version if decision.promoted else current.version if current is not None else "none"
+    summary("promote", f"{name} version {version} {decision.reason}; {alias}: {served}")
+    return decision
+
+
+def champion(
+    model_name: str = "genie", alias: str = "champion", tracking_uri: str = "", cache_dir: str | None = None
+) -> ModelVersion:
+    """The version that `alias` names, downloaded once per version into `cache_dir`.
+
+    The cache is GENIE_CACHE_DIR/models unless given, by default ~/.cache/genie/models.
+
+    Raises ValueError, one line that says what to do, when the server, the model or the alias is missing.
+    """
+    client = connect(tracking_uri)
+    version = _aliased(client, model_name, alias)
+    if version is None:
+        raise ValueError(
+            f"no version of model {model_name!r} has the alias {alias!r}: run the pipeline (`make demo`), "
+            f"or set the alias in MLflow's Models page at {client.tracking_uri}"
+        )
+    cache = Path(cache_dir or Path(os.environ.get("GENIE_CACHE_DIR", "~/.cache/genie"), "models")).expanduser()
+    unique = hashlib.sha256(f"{version.source} {version.run_id}".encode()).hexdigest()[:12]
+    folder = cache / f"{model_name}-{version.version}-{unique}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            uri = f"models:/{model_name}/{version.version}"
+            try:
+                download_artifacts(artifact_uri=uri, dst_path=scratch, tracking_uri=client.tracking_uri)
+            except MlflowException as error:
+                raise ValueError(f"{uri} cannot be downloaded: {' '.join(str(error).split())}") from None
+            # Another process may have been faster; a whole folder is as good as this one.
+            try:
+                Path(scratch, "artifacts", _FOLDER).rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+    return ModelVersion(model_name, str(version.version), str(version.run_id), str(folder))
+
+
+def _ensure_registered(client: MlflowClient, name: str) -> None:
+    try:
+        client.create_registered_model(name, description=_DESCRIPTION)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _aliased(client: MlflowClient, name: str, alias: str) -> Any | None:
+    """The model version that has the alias, or None when model or alias do not exist."""
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def _version_with(client: MlflowClient, name: str, digest: str) -> Any | None:
+    found = client.search_model_versions(f"name = '{name}' and tags.model_digest = '{digest}'", max_results=1)
+    return client.get_model_version(name, found[0].version) if found else None
+
+
+def _metrics(client: MlflowClient, version: Any) -> dict[str, float]:
+    """The held-out metrics that a version was registered with; the latest value of each."""
+    if not version.source.startswith("models:/"):
+        return {}  # registered by hand from plain files: nothing was measured
+    measured = client.get_logged_model(_model_id(version)).metrics or []
+    return {metric.key: metric.value for metric in sorted(measured, key=lambda metric: metric.timestamp)}
+
+
+def _model_id(version: Any) -> str:
+    """MLflow's SQL store leaves `version.model_id` empty; the source, models:/<model id>, always says it."""
+    return str(version.source.removeprefix("models:/"))
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _fetch(model_uri: str, folder: Path) -> None:
+    files, path = fsspec.core.url_to_fs(model_uri)
+    for needed in ("config.json", "model.safetensors"):
+        if not files.exists(f"{path}/{needed}"):
+            raise ValueError(f"{model_uri} is no model folder ({needed} is missing): train it again")
+    files.get(f"{path.rstrip('/')}/", str(folder), recursive=True)
+
+
+def _digest(folder: Path) -> str:
+    """Of all files below `folder`, their names included."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def _signature(config: Config) -> ModelSignature:
+    size = config.data.frame_size
+    frames = TensorSpec(np.dtype("uint8"), (-1, size, size, 3), "frames")
+    actions = TensorSpec(np.dtype("int64"), (-1,), "actions")
+    dreamt = TensorSpec(np.dtype("uint8"), (-1, size, size, 3))
+    return ModelSignature(Schema([frames, actions]), Schema([dreamt]), ParamSchema([ParamSpec("seed", "long", 0)]))
+
+
+def _pinned(library: str) -> str:
+    return f"{library}=={importlib.metadata.version(library).partition('+')[0]}"
