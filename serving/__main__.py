@@ -1,0 +1,60 @@
+"""`python -m serving`: serves the champion, or the model in --model-uri, and prints where to play it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import sys
+
+import uvicorn
+from pydantic import ValidationError
+from pydantic_settings import CliApp
+
+from genie_model.progress import summary
+from serving.app import create_app
+from serving.settings import Settings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status; 1 after one line that says what to do."""
+    try:
+        settings = CliApp.run(Settings, cli_args=sys.argv[1:] if arguments is None else arguments)
+        listener = bind(settings.host, settings.port)  # before the model loads: a port in use shows at once
+        app = create_app(settings)
+        if not settings.wait:
+            app.state.engine.refresh()
+    except ValidationError as error:
+        problems = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
+        return _refuse("; ".join(problems))
+    except ValueError as error:
+        return _refuse(str(error))
+
+    host = settings.host.replace("0.0.0.0", "localhost")
+    summary("serve", f"play at http://{host}:{listener.getsockname()[1]} (Ctrl-C ends it)")
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ValueError, saying what to do, when the address cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(f"port {port} on {host} is in use: stop what uses it or choose another --port") from None
+        raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+def _refuse(reason: str) -> int:
+    print(f"serving: {reason}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="[%(name)s] %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    sys.exit(main())

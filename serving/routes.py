@@ -1,0 +1,140 @@
+"""The HTTP surface: it unpacks requests for the engine and packs its answers."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, File, Form, Query, Request, Response, UploadFile
+from starlette.concurrency import run_in_threadpool
+
+from serving.engine import Engine, Session
+from serving.errors import BadRequestError, UnknownStartFrameError
+from serving.images import Pixels, frame_from_upload, png, png_data_url
+from serving.model import LoadedModel
+from serving.schemas import ErrorBody, ModelInfo, Previews, Ready, SessionInfo, StartFrame, Starts, StepRequest
+from serving.settings import Settings
+
+
+def get_engine(request: Request) -> Engine:
+    engine: Engine = request.app.state.engine
+    return engine
+
+
+def get_settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+EngineDep = Annotated[Engine, Depends(get_engine)]
+SettingsDep = Annotated[Settings, Depends(get_settings)]
+
+health = APIRouter(tags=["health"])
+v1 = APIRouter(prefix="/v1", tags=["play"], responses={"default": {"model": ErrorBody}})
+
+_PNG = {200: {"content": {"image/png": {}}, "description": "the frame; X-Steps says which"}}
+
+
+def get_session(session_id: str, engine: EngineDep) -> Session:
+    return engine.session(session_id)
+
+
+SessionDep = Annotated[Session, Depends(get_session)]
+
+
+@health.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process lives."""
+    return {"status": "alive"}
+
+
+@health.get("/readyz", responses={503: {"model": ErrorBody}})
+async def readyz(engine: EngineDep) -> Ready:
+    """A model is loaded and warm: players can be sent here."""
+    return Ready(model=engine.model.info, sessions=engine.num_sessions)
+
+
+@v1.get("/model")
+async def model(engine: EngineDep) -> ModelInfo:
+    """The version that new sessions play."""
+    return engine.model.info
+
+
+@v1.get("/starts")
+async def starts(engine: EngineDep, settings: SettingsDep) -> Starts:
+    """What a session can start from."""
+    frames = [StartFrame(name=name, url=f"/v1/starts/{name}.png") for name in engine.model.start_frames]
+    return Starts(start_frames=frames, max_upload_bytes=settings.max_upload_bytes)
+
+
+@v1.get("/starts/{name}.png", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
+async def start_frame_png(name: str, engine: EngineDep) -> Response:
+    """A built-in start frame."""
+    return Response(_start_frame(engine.model, name), media_type="image/png")
+
+
+@v1.post("/sessions", status_code=201)
+async def create_session(
+    engine: EngineDep,
+    settings: SettingsDep,
+    image: Annotated[UploadFile | None, File(description="a picture of any size: its centre square is taken")] = None,
+    start_frame: Annotated[str | None, Form(description="the name of a built-in start frame")] = None,
+    seed: Annotated[int | None, Form(ge=0, lt=2**31, description="the same seed dreams the same world")] = None,
+) -> SessionInfo:
+    """A new world, from an uploaded image or a built-in start frame."""
+    model = engine.model
+    if (image is None) == (start_frame is None):
+        raise BadRequestError("send either an image or the name of a start_frame")
+    picture = await image.read() if image else _start_frame(model, start_frame or "")
+    frame_HWC = await run_in_threadpool(frame_from_upload, picture, model.info.frame_size, settings.max_upload_pixels)
+    return (await engine.create(model, frame_HWC, seed)).info()
+
+
+@v1.get("/sessions/{session_id}")
+async def get_session_info(session: SessionDep) -> SessionInfo:
+    return session.info()
+
+
+@v1.get("/sessions/{session_id}/frame", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
+async def frame(session: SessionDep) -> Response:
+    """The newest frame as PNG."""
+    return _frame_response(session.steps, session.frame_HWC)
+
+
+@v1.post("/sessions/{session_id}/step", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
+async def step(body: StepRequest, session: SessionDep, engine: EngineDep) -> Response:
+    """Takes one action and answers with the next frame as PNG."""
+    began = time.perf_counter()
+    steps, frame_HWC = await engine.step(session, body.action)
+    milliseconds = (time.perf_counter() - began) * 1000
+    return _frame_response(steps, frame_HWC, **{"Server-Timing": f"step;dur={milliseconds:.1f}"})
+
+
+@v1.get("/sessions/{session_id}/previews")
+async def previews(
+    session: SessionDep,
+    engine: EngineDep,
+    repeats: Annotated[int, Query(ge=1, le=8, description="times each action is taken")] = 3,
+) -> Previews:
+    """What each latent action would do from here: the session itself stays where it is."""
+    steps = session.steps
+    frames_AHWC = await engine.previews(session, repeats)
+    return Previews(steps=steps, repeats=repeats, images=[png_data_url(frame_HWC) for frame_HWC in frames_AHWC])
+
+
+@v1.delete("/sessions/{session_id}", status_code=204)
+async def delete_session(session_id: str, engine: EngineDep) -> None:
+    """Ends a session."""
+    engine.delete(session_id)
+
+
+def _start_frame(model: LoadedModel, name: str) -> bytes:
+    if name not in model.start_frames:
+        known = ", ".join(model.start_frames) or "none: upload an image"
+        raise UnknownStartFrameError(f"there is no start frame {name!r}; there are: {known}")
+    return model.start_frames[name]
+
+
+def _frame_response(steps: int, frame_HWC: Pixels, **headers: str) -> Response:
+    headers = {"X-Steps": str(steps), "Cache-Control": "no-store", **headers}
+    return Response(png(frame_HWC), media_type="image/png", headers=headers)

@@ -1,0 +1,70 @@
+"""The JSON that goes over the wire."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+
+class ModelInfo(BaseModel):
+    """The model version that a session plays."""
+
+    name: str
+    version: str
+    run_id: str = Field(description="the MLflow run that made it; empty for a model served from a folder")
+    num_actions: int = Field(description="actions are 0 .. num_actions - 1")
+    frame_size: int = Field(description="height and width of a frame in pixels")
+
+
+class StartFrame(BaseModel):
+    """A built-in held-out frame to start from."""
+
+    name: str
+    url: str = Field(description="where its PNG is")
+
+
+class Starts(BaseModel):
+    """What a session can start from."""
+
+    start_frames: list[StartFrame]
+    max_upload_bytes: int
+
+
+class SessionInfo(BaseModel):
+    """One player's world."""
+
+    id: str
+    model: ModelInfo
+    seed: int
+    steps: int = Field(description="actions taken so far; frame 0 is the prompt")
+
+
+class StepRequest(BaseModel):
+    """The action to take, checked against the session's own model."""
+
+    action: int = Field(description="0 .. num_actions - 1", examples=[2])
+
+
+class Previews(BaseModel):
+    """What each action would do from frame `steps` on, when taken `repeats` times."""
+
+    steps: int
+    repeats: int
+    images: list[str] = Field(description="one PNG per action, as data URLs")
+
+
+class Ready(BaseModel):
+    """A model is loaded and warm."""
+
+    model: ModelInfo
+    sessions: int
+
+
+class Problem(BaseModel):
+    code: str
+    message: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every 4xx and 5xx answer."""
+
+    error: Problem

@@ -1,0 +1,33 @@
+"""What an operator may set: every field is an environment variable GENIE_<NAME> and a flag --<name>."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Flags win over environment variables, those over the defaults here."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="GENIE_",
+        cli_prog_name="python -m serving",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        protected_namespaces=(),
+    )
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    model_uri: str | None = Field(None, description="serve this model folder instead of the registry's champion")
+    tracking_uri: str | None = Field(None, description="the MLflow server; else MLFLOW_TRACKING_URI is used")
+    model_name: str = Field("genie", description="the registered model")
+    alias: str = Field("champion", description="the alias that says which version is served")
+    wait: bool = Field(False, description="start without a model and wait for one (/readyz says 503 until then)")
+    poll_seconds: float = Field(10.0, gt=0, description="how often the alias is looked up")
+    max_sessions: int = Field(16, ge=1, description="sessions open at once")
+    idle_seconds: float = Field(900.0, gt=0, description="a session that nobody steps for this long ends")
+    max_upload_bytes: int = Field(10 * 2**20, ge=1024, description="largest upload")
+    max_upload_pixels: int = Field(40_000_000, ge=1, description="largest picture, in pixels")

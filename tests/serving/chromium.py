@@ -1,0 +1,112 @@
+"""A headless Chromium driven over its DevTools protocol: as much of it as the page's tests need."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import websocket
+
+EXECUTABLE = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+_FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
+).split()
+_KEYS = {"Enter": 13, " ": 32}
+
+
+class Chromium:
+    """One page in a browser of its own; `errors` collects what the console and uncaught exceptions say."""
+
+    def __init__(self, url: str, width: int = 1200, height: int = 800, mobile: bool = False) -> None:
+        assert EXECUTABLE
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self._process = subprocess.Popen(
+            [EXECUTABLE, *_FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.errors: list[str] = []
+        self._commands = 0
+        self._socket = websocket.create_connection(self._page_url(), timeout=30, suppress_origin=True)
+        for domain in ("Page", "Runtime", "Log"):
+            self.send(f"{domain}.enable")
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
+        self.send("Emulation.setDeviceMetricsOverride", **size)
+        self.send("Page.navigate", url=url)
+
+    def _page_url(self) -> str:
+        """The DevTools socket of the blank page; Chromium writes its port into its profile."""
+        import urllib.request
+
+        port_file = Path(self._profile.name, "DevToolsActivePort")
+        wait_for(lambda: port_file.exists() and port_file.read_text().count("\n"), "Chromium to start", 30)
+        port = port_file.read_text().split()[0]
+        pages = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=10))
+        return next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        self._commands += 1
+        self._socket.send(json.dumps({"id": self._commands, "method": method, "params": params}))
+        while True:
+            message = json.loads(self._socket.recv())
+            if message.get("id") == self._commands:
+                assert "error" not in message, f"{method}: {message['error']}"
+                return message["result"]
+            self._note(message)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        method, params = event.get("method"), event.get("params", {})
+        if method == "Runtime.exceptionThrown":
+            self.errors.append(params["exceptionDetails"].get("exception", {}).get("description", "exception"))
+        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
+            self.errors.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
+            self.errors.append(str([argument.get("value") for argument in params["args"]]))
+
+    def evaluate(self, script: str) -> Any:
+        """The value of a JavaScript expression; promises are awaited."""
+        result = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
+
+    def wait_until(self, script: str, seconds: float = 15) -> None:
+        wait_for(lambda: self.evaluate(script), script, seconds)
+
+    def key_down(self, key: str) -> None:
+        text = {"text": "\r" if key == "Enter" else key}
+        self.send("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=_code(key), **text)
+
+    def key_up(self, key: str) -> None:
+        self.send("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=_code(key))
+
+    def press(self, key: str) -> None:
+        self.key_down(key)
+        self.key_up(key)
+
+    def screenshot(self, path: str | Path, full_page: bool = True) -> None:
+        data = self.send("Page.captureScreenshot", captureBeyondViewport=full_page)["data"]
+        Path(path).write_bytes(base64.b64decode(data))
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.terminate()
+        self._process.wait(timeout=20)
+        self._profile.cleanup()
+
+
+def wait_for(condition: Any, what: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.05)
+
+
+def _code(key: str) -> int:
+    return _KEYS.get(key) or ord(key.upper())
