@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from numpy.typing import NDArray
 
 
-class GeniePythonModel(PythonModel):  # type: ignore[misc]
+class GeniePythonModel(PythonModel):
     """Dreams the frames that follow the prompt when the given latent actions are taken."""
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -28,10 +28,13 @@ class GeniePythonModel(PythonModel):  # type: ignore[misc]
     def predict(
         self,
         context: PythonModelContext,
-        model_input: dict[str, np.ndarray],  # type: ignore[type-arg]  # the one array mapping MLflow knows
+        model_input: np.ndarray,  # type: ignore[type-arg]
         params: dict[str, Any] | None = None,
     ) -> NDArray[np.uint8]:
-        """Raises ValueError when the prompt's shape is wrong or an action is out of range."""
+        """`model_input` is {"frames": ..., "actions": ...}: MLflow has no quiet type hint for a mapping of arrays.
+
+        Raises ValueError when the prompt's shape is wrong or an action is out of range.
+        """
         import torch
 
         size, num_actions = self.genie.config.data.frame_size, self.genie.config.num_actions
