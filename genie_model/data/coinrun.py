@@ -105,20 +105,17 @@ def _collect_split(config: Config, split: Split, uri: str, log: RunLog) -> None:
     if declared and read_index(split_uri)[0]["meta"] != meta:
         raise ValueError(f"{split_uri} was collected with another config: delete it, or collect elsewhere")
     missing = missing_shards(split_uri, num_shards(data, split))
-    frames_per_second = _collect_shards(data, split, missing, uri) if missing else 0.0
+    how = "reused"
+    if missing:
+        frames_per_second = _collect_shards(data, split, missing, uri)
+        how = f"collected at {frames_per_second:,.0f} frames/s"
+        log.metrics({f"collect_{split}_frames_per_second": frames_per_second})
     if missing or not declared:
         write_index(split_uri, num_shards(data, split), meta)
     store = VideoStore.open(split_uri)
-    how = f"collected at {frames_per_second:,.0f} frames/s" if missing else "reused"
     summary(f"collect {split}", f"{how}: {store.num_frames:,} frames, {len(levels(data, split)):,} levels, {split_uri}")
     log.params({f"data_{split}_digest": store.digest})
-    log.metrics(
-        {
-            f"data_{split}_frames": store.num_frames,
-            f"data_{split}_episodes": store.num_episodes,
-            f"collect_{split}_frames_per_second": frames_per_second,
-        }
-    )
+    log.metrics({f"data_{split}_frames": store.num_frames, f"data_{split}_episodes": store.num_episodes})
 
 
 def _collect_shards(data: DataConfig, split: Split, shards: list[int], uri: str) -> float:

@@ -50,7 +50,6 @@ def write_shard(
 ) -> None:
     """Writes one shard; the manifest goes last. The bytes depend on the arguments alone."""
     fs, root = url_to_fs(uri)
-    fs.makedirs(root, exist_ok=True)
     tar_bytes = io.BytesIO()
     entries = []
     with tarfile.open(fileobj=tar_bytes, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -97,7 +96,7 @@ def _is_whole(fs: fsspec.AbstractFileSystem, root: str, sizes: Mapping[str, int]
         return False
     try:
         manifest = json.loads(fs.cat_file(f"{root}/{manifest_name}"))
-    except ValueError:  # not JSON, or not even text
+    except ValueError:  # damaged: not JSON, or not even text
         return False
     expected = (FORMAT, manifest["bytes"], manifest["truth"]["bytes"])
     return expected == (manifest["format"], sizes.get(tar_name), sizes.get(truth_name))
@@ -121,7 +120,7 @@ def read_index(uri: str) -> tuple[dict[str, Any], str]:
     fs, root = url_to_fs(uri)
     try:
         data = fs.cat_file(f"{root}/index.json")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         present = file_sizes(fs, root)
         if any(fs.exists(f"{root}/{split}/index.json") for split in ("train", "eval")):
             raise ValueError(f"{uri} holds a train and an eval split: open {uri}/train or {uri}/eval") from None
@@ -146,7 +145,7 @@ def file_sizes(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, int]:
     fs.invalidate_cache(root)
     try:
         return {info["name"].rsplit("/", 1)[-1]: info["size"] for info in fs.ls(root, detail=True)}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
 
 
@@ -171,6 +170,7 @@ def _write_atomic(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None
         return
     temporary = f"{path}.tmp"
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
         os.replace(temporary, path)

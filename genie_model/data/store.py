@@ -34,7 +34,6 @@ class VideoStore:
         self._fs, self._root = url_to_fs(uri)
         self._shards = [{name: shard[name] for name in ("name", "bytes", "sha256")} for shard in index["shards"]]
         self._episodes = [(i, episode) for i, shard in enumerate(index["shards"]) for episode in shard["episodes"]]
-        self._files: dict[int, io.FileIO] = {}
         self.episode_lengths = np.array([episode["num_frames"] for _, episode in self._episodes])
 
     @classmethod
@@ -107,10 +106,9 @@ class VideoStore:
         return f"{path} is damaged: delete it and run collect again, it remakes only that"
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        file = self._files.get(shard)
-        if file is None:
-            file = self._files.setdefault(shard, open(self._local_path(shard), "rb", buffering=0))  # noqa: SIM115
-        data = os.pread(file.fileno(), size, offset)
+        with open(self._local_path(shard), "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
         if len(data) != size:
             raise ValueError(self._damaged(shard))
         return data

@@ -1,0 +1,151 @@
+"""Frames come back bit for bit from anywhere, to anybody's reader, and a broken data set says what to do."""
+
+import json
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+import zstandard
+
+from genie_model.data.coinrun import collect
+from genie_model.data.shards import CHUNK_FRAMES
+from genie_model.data.store import VideoStore
+from genie_model.data.truth import PrivilegedTruth
+
+
+@pytest.fixture
+def store(recorded):
+    return VideoStore.open(f"{recorded}/train")
+
+
+def test_any_part_of_an_episode_equals_that_part_of_the_whole(store):
+    generator = np.random.default_rng(0)
+    shifted = [i for i, (_, entry) in enumerate(store._episodes) if entry["first_chunk"] != CHUNK_FRAMES]
+    assert shifted  # episodes that start within a chunk
+    for episode in [0, *shifted]:
+        length = int(store.episode_lengths[episode])
+        whole = store.frames(episode, 0, length)
+        assert whole.shape == (length, 64, 64, 3)
+        assert whole.dtype == np.uint8
+        for _ in range(50):
+            start = int(generator.integers(length))
+            count = int(generator.integers(1, length - start + 1))
+            assert np.array_equal(store.frames(episode, start, count), whole[start : start + count])
+
+
+def test_frames_outside_the_episode_are_refused(store):
+    length = int(store.episode_lengths[0])
+    for start, count in [(-1, 2), (0, 0), (length - 1, 2), (length, 1)]:
+        with pytest.raises(ValueError, match=f"has {length} frames"):
+            store.frames(0, start, count)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(1, 1), (8, 1), (8, 8), (50, 3)])
+def test_clips_are_all_starts_that_stay_within_an_episode(store, length, stride):
+    expected = [
+        (episode, start)
+        for episode, frames in enumerate(store.episode_lengths)
+        for start in range(0, frames - length + 1, stride)
+    ]
+    assert store.clips(length, stride).tolist() == [list(clip) for clip in expected]
+
+
+def test_other_webdataset_readers_see_the_frames(store, recorded):
+    samples = {}
+    with tarfile.open(f"{recorded}/train/shard-00000.tar") as tar:
+        for member in tar:
+            key, extension = member.name.split(".", 1)
+            samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
+    for episode, sample in enumerate(samples.values()):
+        assert sample.keys() == {"rgb.zst", "json"}
+        raw = zstandard.ZstdDecompressor().stream_reader(sample["rgb.zst"], read_across_frames=True).read()
+        frames = np.frombuffer(raw, np.uint8).reshape(-1, *json.loads(sample["json"])["frame_shape"])
+        assert np.array_equal(frames, store.frames(episode, 0, int(store.episode_lengths[episode])))
+
+
+@pytest.fixture
+def in_memory(recording_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("GENIE_CACHE_DIR", str(tmp_path / "cache"))
+    root = f"memory://{tmp_path.name}"
+    yield collect(recording_config, root)
+    fsspec.filesystem("memory").rm(root, recursive=True)
+
+
+def test_an_object_store_holds_the_same_data_set(in_memory, store, tmp_path):
+    remote = VideoStore.open(f"{in_memory}/train")
+    assert remote.digest == store.digest
+    for episode, length in enumerate(store.episode_lengths):
+        assert np.array_equal(remote.frames(episode, 0, int(length)), store.frames(episode, 0, int(length)))
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # the three shards, nothing else
+    remote.verify()
+    truth = PrivilegedTruth.open(f"{in_memory}/eval").episode(1)
+    assert np.array_equal(truth["agent_x"], PrivilegedTruth.open(f"{store.uri[:-5]}eval").episode(1)["agent_x"])
+
+
+def test_a_cached_shard_serves_without_the_network(in_memory):
+    first = VideoStore.open(f"{in_memory}/train").frames(0, 0, 8)
+    remote = VideoStore.open(f"{in_memory}/train")
+    fsspec.filesystem("memory").rm(f"{in_memory}/train/shard-00000.tar")
+    assert np.array_equal(remote.frames(0, 0, 8), first)
+
+
+def test_a_damaged_download_is_not_cached(in_memory, tmp_path):
+    remote = VideoStore.open(f"{in_memory}/train")
+    memory, path = fsspec.filesystem("memory"), f"{in_memory}/train/shard-00000.tar"
+    memory.pipe_file(path, memory.cat_file(path)[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"shard-00000\.tar is damaged"):
+        remote.frames(0, 0, 8)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_missing_data_set(tmp_path):
+    with pytest.raises(ValueError, match=r"no data set at .*: run collect"):
+        VideoStore.open(f"{tmp_path}/nothing")
+
+
+def test_the_folder_of_both_splits_is_not_a_store(recorded):
+    with pytest.raises(ValueError, match=r"open .*/train or .*/eval"):
+        VideoStore.open(recorded)
+
+
+def test_empty_data_set(copied):
+    path = copied[1] / "train" / "index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "shards": []}))
+    with pytest.raises(ValueError, match="is empty"):
+        VideoStore.open(str(path.parent))
+
+
+def test_damaged_index(copied):
+    path = copied[1] / "train" / "index.json"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"index\.json is damaged: delete it and run collect again"):
+        VideoStore.open(str(path.parent))
+
+
+def test_truncated_and_missing_shards(copied):
+    path = copied[1] / "train" / "shard-00001.tar"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"shard-00001\.tar has \d+ bytes, not \d+: run collect again"):
+        VideoStore.open(str(path.parent))
+    path.unlink()
+    with pytest.raises(ValueError, match=r"shard-00001\.tar is missing: run collect again"):
+        VideoStore.open(str(path.parent))
+
+
+def test_changed_bytes_are_noticed_by_reading_and_by_verify(copied, recording_config):
+    root, folder = copied
+    store = VideoStore.open(f"{folder}/train")
+    store.verify()
+    path = folder / "train" / "shard-00000.tar"
+    data = bytearray(path.read_bytes())
+    data[store._episodes[0][1]["offset"] + 2000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"shard-00000\.tar is damaged: delete it and run collect again"):
+        VideoStore.open(f"{folder}/train").frames(0, 0, CHUNK_FRAMES)
+    with pytest.raises(ValueError, match=r"shard-00000\.tar is damaged"):
+        store.verify()
+    path.unlink()
+    collect(recording_config, root)
+    VideoStore.open(f"{folder}/train").verify()
