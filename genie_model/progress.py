@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
+
+# Set for its steps by `python -m pipelines run`.
+TERMINAL_VARIABLE = "GENIE_TERMINAL"  # the terminal to draw progress bars on
+RUNNER_VARIABLE = "GENIE_RUNNER"  # the process whose death ends its steps
 
 
 class RunLog(Protocol):
@@ -16,7 +23,7 @@ class RunLog(Protocol):
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None: ...
 
-    def image(self, name: str, image_HWC: np.ndarray) -> None:
+    def image(self, name: str, image_HWC: NDArray[np.uint8]) -> None:
         """`image_HWC` is uint8 RGB; `name` has no extension."""
 
 
@@ -29,13 +36,46 @@ class NoLog:
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         pass
 
-    def image(self, name: str, image_HWC: np.ndarray) -> None:
+    def image(self, name: str, image_HWC: NDArray[np.uint8]) -> None:
         pass
 
 
-def bar(iterable: Iterable[Any] | None = None, *, desc: str, unit: str, total: int | None = None, initial: int = 0) -> Any:
-    """A tqdm bar with rate and time left, redrawn at most twice a second."""
-    return tqdm(iterable, desc=desc, unit=unit, total=total, initial=initial, mininterval=0.5, dynamic_ncols=True)
+def bar(
+    iterable: Iterable[Any] | None = None, *, desc: str, unit: str, total: int | None = None, initial: int = 0
+) -> Any:
+    """A tqdm bar with rate and time left: redrawn twice a second on a terminal, a line every ten seconds in a log."""
+    screen = _screen()
+    drawn, seconds = (tqdm, 0.5) if screen.isatty() else (_Lines, 10.0)
+    return drawn(
+        iterable,
+        desc=desc,
+        unit=unit,
+        total=total,
+        initial=initial,
+        mininterval=seconds,
+        maxinterval=seconds,
+        dynamic_ncols=True,
+        file=screen,
+    )
+
+
+def _screen() -> TextIO:
+    """The terminal that a local pipeline was started from (it relays its steps' output by whole lines), else stderr."""
+    terminal = os.environ.get(TERMINAL_VARIABLE)
+    return open(terminal, "w") if terminal else sys.stderr
+
+
+class _Lines(tqdm):  # type: ignore[misc]
+    """A bar for a log, where nothing can be redrawn."""
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], None]:
+        def write(status: str) -> None:
+            if status.strip():
+                file.write(status.strip() + "\n")
+                file.flush()
+
+        return write
 
 
 def summary(step: str, text: str) -> None:

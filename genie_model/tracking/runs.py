@@ -39,14 +39,12 @@ from numpy.typing import NDArray
 
 from genie_model.config import Config
 from genie_model.presets import get_preset
+from genie_model.progress import RUNNER_VARIABLE
 
 _FLUSH_SECONDS = 5.0
 _BATCH = 1000  # MLflow's limit on metrics in one request
 _PARAM_BATCH = 100  # and on params
 _LIBRARIES = ("genie-platform", "torch", "numpy", "kfp", "mlflow", "procgen-mirror")
-
-# Set by `python -m pipelines run`: the process whose death ends its steps.
-RUNNER_VARIABLE = "GENIE_RUNNER"
 
 
 def connect(tracking_uri: str = "") -> MlflowClient:

@@ -1,0 +1,33 @@
+"""Step 4: held-out metrics and pictures."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="genie-platform:0.1.0", install_kfp_package=False)
+def evaluate(
+    preset: str,
+    overrides: list,
+    root_uri: str,
+    tracking_uri: str,
+    experiment: str,
+    data_uri: str,
+    model_uri: str,
+    metrics: dsl.Output[dsl.Metrics],
+    pictures: dsl.Output[dsl.HTML],
+) -> dict:
+    """Measures the model on levels it never saw. Returns the metrics; their 95% half widths end in _ci95."""
+    from math import isfinite
+    from pathlib import Path
+
+    from genie_model.evaluate import evaluate as measure
+    from genie_model.report import html_page
+    from genie_model.tracking import step
+
+    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment}
+    with step("evaluate", preset, overrides, **where) as run:
+        run.dataset(data_uri)
+        result = measure(run.config, model_uri, data_uri, run)
+        measured = {name: float(value) for name, value in result.metrics.items() if isfinite(value)}
+        metrics.metadata.update(measured)
+        Path(pictures.path).write_text(html_page(f"{run.config.name} on held-out levels", measured, result.pictures))
+    return measured

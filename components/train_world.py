@@ -1,0 +1,24 @@
+"""Step 3: the latent action model and the dynamics model."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="genie-platform:0.1.0", install_kfp_package=False)
+def train_world(
+    preset: str,
+    overrides: list,
+    root_uri: str,
+    tracking_uri: str,
+    experiment: str,
+    data_uri: str,
+    tokenizer_uri: str,
+) -> str:
+    """Co-trains the latent action model and the dynamics on the tokenizer's codes. Returns the whole model's URI."""
+    from genie_model.tracking import step
+    from genie_model.train import train_world as train
+
+    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment}
+    with step("train-world", preset, overrides, **where) as run:
+        run.dataset(data_uri)
+        model_uri = train(run.config, data_uri, tokenizer_uri, root_uri, run)
+    return model_uri

@@ -1,0 +1,28 @@
+"""Where a step runs on a cluster: its image and what it asks of a node. kfp.local ignores both."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from kfp.dsl import PipelineTask
+
+
+class Node(NamedTuple):
+    """What a step's container may use."""
+
+    cpu: str
+    memory: str
+
+
+SMALL = Node("1", "4Gi")
+MEDIUM = Node("4", "16Gi")
+LARGE = Node("8", "32Gi")
+
+
+def place(task: PipelineTask, node: Node, name: str) -> PipelineTask:
+    """Puts `task` on `node` under the `name` that the UI shows; GENIE_IMAGE names the image to compile in."""
+    task.set_display_name(name).set_cpu_limit(node.cpu).set_memory_limit(node.memory)
+    if image := os.environ.get("GENIE_IMAGE"):
+        task.set_container_image(image)
+    return task
