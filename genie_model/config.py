@@ -92,6 +92,7 @@ class SamplingConfig(ConfigNode):
 
     maskgit_steps: int = Field(25, ge=1)
     temperature: float = Field(1.0, ge=0, description="of the token distribution; 0 takes the most likely token")
+    order_noise: float = Field(4.5, ge=0, description="Gumbel noise on the order in which tokens are kept; anneals to 0")
 
 
 class OptimizerConfig(ConfigNode):

@@ -1,0 +1,39 @@
+"""The device seam for CPU and CUDA: where tensors live, in which precision, and how the process is set up for it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def device() -> torch.device:
+    """The accelerator when there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(precision: str) -> contextlib.AbstractContextManager[None]:
+    """bfloat16 matmuls under "bf16"; norms, softmax and losses keep float32 accumulation either way."""
+    context: contextlib.AbstractContextManager[None] = torch.autocast(
+        device().type, torch.bfloat16, enabled=precision == "bf16"
+    )
+    return context
+
+
+def to_unit_frames(batch_BTHWC: NDArray[np.uint8]) -> Tensor:
+    """A uint8 batch from the loader as float32 in [0, 1] on the device."""
+    return torch.from_numpy(batch_BTHWC).to(device(), non_blocking=True).float() / 255
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a training step frees, instead of returning it to the kernel and faulting it in again."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, 1 << 30)

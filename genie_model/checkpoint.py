@@ -1,0 +1,115 @@
+"""Models and training states as safetensors and JSON, never pickle; whole or not there."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from genie_model import files
+from genie_model.config import Config
+from genie_model.genie import Genie
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def save_model(uri: str, genie: Genie) -> None:
+    """A folder with the weights and `config.json`. The config goes last: where it lies, the model is whole."""
+    _write_tensors(f"{uri}/{WEIGHTS}", genie.state_dict())
+    files.write_atomic(f"{uri}/{CONFIG}", genie.config.to_json().encode())
+
+
+def is_model(uri: str) -> bool:
+    """Whether a whole model lies there."""
+    return files.exists(f"{uri}/{CONFIG}")
+
+
+def load_model(uri: str) -> Genie:
+    """The model in evaluation mode. Raises ValueError that says what is missing or broken."""
+    if not is_model(uri):
+        raise ValueError(f"no model at {uri} (no {CONFIG} there): train one first, or check the URI")
+    genie = Genie(Config.from_json(files.read(f"{uri}/{CONFIG}").decode()))
+    load_weights(genie, f"{uri}/{WEIGHTS}")
+    return genie.eval()
+
+
+def load_weights(module: nn.Module, uri: str) -> None:
+    """Fills the module. Raises ValueError when the file is missing, truncated or of another model."""
+    try:
+        module.load_state_dict(load_tensors(files.read(uri)))
+    except FileNotFoundError:
+        raise ValueError(f"no weights at {uri}") from None
+    except (SafetensorError, struct.error) as error:
+        raise ValueError(f"the weights at {uri} are broken ({error}): restore or retrain them") from None
+    except RuntimeError as error:
+        raise ValueError(f"the weights at {uri} do not fit their config: {str(error).splitlines()[-1].strip()}") from None
+
+
+class TrainingState:
+    """Checkpoints of one training run: `<uri>/step-<n>/`, and `latest.json` that names the newest whole one.
+
+    A kill at any instant leaves the old or the new, never half of one.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """State after `step` steps; the one before it is removed once this is whole."""
+        before = self.latest_step()
+        folder = self._folder(step)
+        _write_tensors(f"{folder}/{WEIGHTS}", module.state_dict())
+        _write_tensors(f"{folder}/optimizer.safetensors", _optimizer_tensors(module, optimizer))
+        files.write_atomic(f"{self.uri}/latest.json", json.dumps({"step": step}).encode())
+        if before not in (0, step):
+            files.remove_tree(self._folder(before))
+
+    def latest_step(self) -> int:
+        """Steps done at the newest checkpoint; 0 when there is none."""
+        if not files.exists(f"{self.uri}/latest.json"):
+            return 0
+        return int(json.loads(files.read(f"{self.uri}/latest.json"))["step"])
+
+    def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Loads the newest checkpoint, if there is one, and returns its step."""
+        step = self.latest_step()
+        if step:
+            load_weights(module, f"{self._folder(step)}/{WEIGHTS}")
+            tensors = load_tensors(files.read(f"{self._folder(step)}/optimizer.safetensors"))
+            _fill_optimizer(module, optimizer, tensors)
+        return step
+
+    def remove(self) -> None:
+        files.remove_tree(self.uri)
+
+    def _folder(self, step: int) -> str:
+        return f"{self.uri}/step-{step:07d}"
+
+
+def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return {
+        f"{names[parameter]}|{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _fill_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    states: dict[str, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("|")
+        states.setdefault(parameter, {})[key] = value
+    for name, parameter in module.named_parameters():
+        if name in states:
+            optimizer.state[parameter] = states[name]
+
+
+def _write_tensors(uri: str, tensors: dict[str, Tensor]) -> None:
+    files.write_atomic(uri, save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))

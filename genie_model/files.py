@@ -1,0 +1,52 @@
+"""Files that are whole or not there, on any fsspec file system."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+
+def write_atomic(uri: str, data: bytes) -> None:
+    """All of the file or none of it. An object store's upload is atomic already; a local file is renamed into place."""
+    fs, path = url_to_fs(uri)
+    if not isinstance(fs, LocalFileSystem):
+        fs.makedirs(fs._parent(path), exist_ok=True)
+        fs.pipe_file(path, data)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if os.path.lexists(temporary):
+            os.remove(temporary)
+        if error.errno == errno.ENOSPC:
+            message = "the disk is full; free some space and run again, what was finished is kept"
+            raise OSError(errno.ENOSPC, message, path) from None
+        raise
+
+
+def read(uri: str) -> bytes:
+    fs, path = url_to_fs(uri)
+    data: bytes = fs.cat_file(path)
+    return data
+
+
+def exists(uri: str) -> bool:
+    fs, path = url_to_fs(uri)
+    return bool(fs.exists(path))
+
+
+def remove_tree(uri: str) -> None:
+    fs, path = url_to_fs(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+

@@ -1,0 +1,130 @@
+"""Genie: tokenizer, latent actions and dynamics as one world model, and its play."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from genie_model.config import Config
+from genie_model.dynamics import DynamicsModel
+from genie_model.lam import LatentActionModel
+from genie_model.layers import TemporalCache
+from genie_model.maskgit import sample_frame
+from genie_model.tokenizer import VideoTokenizer
+
+
+@dataclass
+class PlayState:
+    """A world in play: the pasts of both transformers, and what decides its chances."""
+
+    seed: int
+    t: int  # frames so far, prompt included
+    frame_BHWC: Tensor  # uint8, the latest
+    dynamics: TemporalCache = field(repr=False)
+    decoder: TemporalCache = field(repr=False)
+
+    def fork(self) -> PlayState:
+        """A copy that may go another way. Cheap: what is past is shared."""
+        return replace(self, dynamics=self.dynamics.fork(), decoder=self.decoder.fork())
+
+    def repeat(self, times: int) -> PlayState:
+        """`times` copies of every world side by side (B becomes B * times), to take another action in each."""
+        return replace(
+            self,
+            frame_BHWC=self.frame_BHWC.repeat_interleave(times, 0),
+            dynamics=self.dynamics.repeat(times),
+            decoder=self.decoder.repeat(times),
+        )
+
+
+class Genie(nn.Module):
+    """The whole model. Training uses `forward`, play uses `start` and `step`; frames outside are uint8."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        size, window = config.data.frame_size, config.data.clip_length
+        self.tokenizer = VideoTokenizer(config.tokenizer, size, window)
+        self.lam = LatentActionModel(config.lam, size, window)
+        self.dynamics = DynamicsModel(
+            config.dynamics,
+            num_codes=config.tokenizer.codebook.num_codes,
+            codes_per_patch=config.tokenizer.codes_per_patch,
+            num_patches=self.tokenizer.num_patches,
+            action_dim=config.lam.codebook.latent_dim,
+            window=window,
+        )
+
+    def forward(self, x_BTHWC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Co-training (section 2.1): LAM and dynamics in one step, the tokenizer frozen. Clips in [0, 1]."""
+        with torch.no_grad():
+            codes_BTNC = self.tokenizer.encode(x_BTHWC)
+        lam_loss, actions, lam_logs = self.lam(x_BTHWC)
+        dynamics_loss, dynamics_logs = self.dynamics(codes_BTNC, actions.latents_BTL)
+        logs = {f"lam/{name}": value for name, value in lam_logs.items()}
+        logs |= {f"dynamics/{name}": value for name, value in dynamics_logs.items()}
+        return lam_loss + dynamics_loss, logs
+
+    @torch.inference_mode()
+    def start(self, frames_BTHWC: Tensor, seed: int = 0) -> PlayState:
+        """Enters the world of a prompt: T >= 1 uint8 frames. The actions between several are inferred by the LAM."""
+        codes_BTNC = self.tokenizer.encode(_to_unit(frames_BTHWC))
+        actions_BTL = torch.zeros(*frames_BTHWC.shape[:2], self.config.lam.codebook.latent_dim, device=codes_BTNC.device)
+        if frames_BTHWC.shape[1] > 1:
+            actions_BTL[:, 1:] = self.lam.quantizer.embed(self.infer_actions(frames_BTHWC))
+        state = PlayState(seed, 0, frames_BTHWC[:, -1], TemporalCache(), TemporalCache())
+        self._commit(state, codes_BTNC, actions_BTL)
+        return state
+
+    @torch.inference_mode()
+    def step(self, state: PlayState, action_B: Tensor) -> Tensor:
+        """Takes int64 actions in [0, |A|); returns, and makes the state's, the next uint8 frames (B, H, W, 3).
+
+        A frame is a pure function of the prompt, the actions so far and `state.seed`. Raises ValueError for an action
+        out of range.
+        """
+        if not 0 <= int(action_B.min()) <= int(action_B.max()) < self.config.num_actions:
+            raise ValueError(f"actions must be in 0..{self.config.num_actions - 1}, got {action_B.tolist()}")
+        action_BL = self.lam.quantizer.embed(action_B)
+        generator = torch.Generator().manual_seed((state.seed * 1_000_003 + state.t) % 2**63)
+        codes_B1NC = sample_frame(
+            self.dynamics, self.config.sampling, state.dynamics, action_BL, self.tokenizer.num_patches, generator
+        )
+        self._commit(state, codes_B1NC, action_BL[:, None])
+        return state.frame_BHWC
+
+    def _commit(self, state: PlayState, codes_BTNC: Tensor, actions_BTL: Tensor) -> None:
+        """Frames become past: their keys and values are computed from their final tokens, once."""
+        self.dynamics.hidden(codes_BTNC, actions_BTL, state.dynamics, commit=True)
+        state.frame_BHWC = _to_uint8(self.tokenizer.decode(codes_BTNC, state.decoder)[:, -1])
+        state.t += codes_BTNC.shape[1]
+
+    @torch.inference_mode()
+    def infer_actions(self, frames_BTHWC: Tensor) -> Tensor:
+        """uint8 clips -> the latent actions between their frames, int64 (B, T-1)."""
+        return self.lam.infer(_to_unit(frames_BTHWC)).codes_BT
+
+    @torch.inference_mode()
+    def lam_reconstruct(self, frames_BTHWC: Tensor) -> Tensor:
+        """uint8 clips -> frames 2..T as the LAM's decoder rebuilds them, in [0, 1]."""
+        return self.lam.predict(_to_unit(frames_BTHWC))
+
+    @torch.inference_mode()
+    def tokenize(self, frames_BTHWC: Tensor) -> Tensor:
+        """uint8 clips -> codes (B, T, N * C)."""
+        return self.tokenizer.encode(_to_unit(frames_BTHWC)).flatten(2)
+
+    @torch.inference_mode()
+    def reconstruct(self, frames_BTHWC: Tensor) -> Tensor:
+        """uint8 clips through the tokenizer and back."""
+        return _to_uint8(self.tokenizer.decode(self.tokenizer.encode(_to_unit(frames_BTHWC))))
+
+
+def _to_unit(frames: Tensor) -> Tensor:
+    return frames.float() / 255
+
+
+def _to_uint8(x: Tensor) -> Tensor:
+    return (x * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,188 @@
+"""The ST-transformer (section 2, Figure 4): spatial attention, causal temporal attention, one feed-forward a block.
+
+Shape legend, used throughout the library:
+    B clips   T frames   N patches of a frame   D model width   H heads   K head width   L latent width
+    C codes a patch emits   V vocabulary of the codebook   A latent actions   S frames of the past kept by a cache
+
+The past is never computed twice (ARCHITECTURE, decision 4): spatial attention stays inside its frame and temporal
+attention is causal, so a finished frame's keys and values cannot change. A `TemporalCache` keeps them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from genie_model.config import TransformerConfig
+
+
+class TemporalCache:
+    """Keys and values of the frames before this one, per temporal layer; at most `window - 1` frames of them.
+
+    Tensors in it are replaced, never written into, so `fork()` may share them.
+    """
+
+    def __init__(self) -> None:
+        self.position = 0  # frames committed so far: the rotary position of the next one
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (k_BNHSK, v_BNHSK)
+
+    def fork(self) -> TemporalCache:
+        twin = TemporalCache()
+        twin.position, twin.layers = self.position, dict(self.layers)
+        return twin
+
+    def repeat(self, times: int) -> TemporalCache:
+        """The same past for `times` copies of every clip: B becomes B * times, copies side by side."""
+        twin = self.fork()
+        twin.layers = {
+            i: (k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for i, (k, v) in self.layers.items()
+        }
+        return twin
+
+
+def rotary_angles(positions_T: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, K/2) of rotary embeddings (Su et al., 2021): only differences of positions matter."""
+    frequencies = 1.0 / 100.0 ** (torch.arange(0, head_dim, 2, device=positions_T.device).float() / head_dim)
+    angles = positions_T.float()[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over one axis.
+
+    Two batched matmuls and a softmax: over axes as short as a clip's 16 frames or a frame's 64 patches, the fused CPU
+    kernel's backward is several times slower (benchmarks/).
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads, self.head_dim = config.num_heads, config.head_dim
+        inner = config.num_heads * config.head_dim
+        self.norm = nn.LayerNorm(config.d_model)
+        self.qkv = nn.Linear(config.d_model, 3 * inner, bias=False)
+        self.qk_scale = nn.Parameter(torch.ones(2, 1, config.head_dim)) if config.qk_norm else None
+        self.out = nn.Linear(inner, config.d_model, bias=False)
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """qk (..., 2, H, K) with QK norm (section 3) and v (..., H, K)."""
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
+        qk, v = qkv[..., :2, :, :], qkv[..., 2, :, :]
+        if self.qk_scale is not None:
+            qk = F.layer_norm(qk, (self.head_dim,)) * self.qk_scale.to(qk.dtype)
+        return qk, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., queries, K) x (..., keys, K) -> (..., queries, K); `bias` is 0 where allowed and -inf elsewhere."""
+        scores = (q * self.head_dim**-0.5) @ k.transpose(-1, -2)
+        if bias is not None:
+            scores = scores + bias.to(scores.dtype)
+        return scores.softmax(-1).to(v.dtype) @ v
+
+
+class SpatialAttention(Attention):
+    """Every patch attends to all patches of its own frame."""
+
+    def forward(self, x_BTND: Tensor) -> Tensor:
+        qk, v = self.queries_keys_values(x_BTND)
+        q, k = rearrange(qk, "b t n two h k -> two (b t) h n k")
+        o = self.attend(q, k, rearrange(v, "b t n h k -> (b t) h n k"), bias=None)
+        return self.out(rearrange(o, "(b t) h n k -> b t n (h k)", b=x_BTND.shape[0]))
+
+
+class TemporalAttention(Attention):
+    """Every patch attends to the same patch of its own and earlier frames, at most `window` of them."""
+
+    def __init__(self, config: TransformerConfig, window: int) -> None:
+        super().__init__(config)
+        self.window = window
+
+    def forward(self, x_BTND: Tensor, cache: TemporalCache | None, layer: int, commit: bool) -> Tensor:
+        B, T, _, _ = x_BTND.shape
+        start = cache.position if cache else 0
+        qk, v = self.queries_keys_values(x_BTND)
+        q, k = self._rotate(rearrange(qk, "b t n two h k -> two b n h t k"), start)
+        v = rearrange(v, "b t n h k -> b n h t k")
+        past = 0
+        if cache is not None:
+            if layer in cache.layers:
+                past_k, past_v = cache.layers[layer]
+                past = past_k.shape[-2]
+                k, v = torch.cat([past_k, k], -2), torch.cat([past_v, v], -2)
+            if commit:
+                kept = self.window - 1
+                cache.layers[layer] = (k[..., max(past + T - kept, 0) :, :], v[..., max(past + T - kept, 0) :, :])
+        o = self.attend(q, k, v, self._bias(T, past, x_BTND.device))
+        return self.out(rearrange(o, "b n h t k -> b t n (h k)"))
+
+    def _rotate(self, x_2BNHTK: Tensor, start: int) -> Tensor:
+        positions = torch.arange(start, start + x_2BNHTK.shape[-2], device=x_2BNHTK.device)
+        cos, sin = (a.to(x_2BNHTK.dtype) for a in rotary_angles(positions, self.head_dim))
+        a, b = x_2BNHTK.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def _bias(self, T: int, past: int, device: torch.device) -> Tensor | None:
+        """Causal and at most `window` long: query i stands at past + i among the keys."""
+        if T == 1 and past < self.window:
+            return None
+        age = torch.arange(past, past + T, device=device)[:, None] - torch.arange(past + T, device=device)
+        return torch.zeros(T, past + T, device=device).masked_fill((age < 0) | (age >= self.window), float("-inf"))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.d_model)
+        self.up = nn.Linear(config.d_model, config.mlp_ratio * config.d_model, bias=False)
+        self.down = nn.Linear(config.mlp_ratio * config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(self.norm(x))))
+
+
+class STTransformer(nn.Module):
+    """(B, T, N, D) -> (B, T, N, D). `num_layers` counts attention layers: see TransformerConfig."""
+
+    def __init__(self, config: TransformerConfig, window: int) -> None:
+        super().__init__()
+        self.config = config
+        sublayers: list[nn.Module] = []
+        for i in range(config.num_layers):
+            if i % 2 == 0:
+                sublayers.append(SpatialAttention(config))
+            else:
+                sublayers += [TemporalAttention(config, window), FeedForward(config)]
+        self.sublayers = nn.ModuleList(sublayers)
+        self.norm = nn.LayerNorm(config.d_model)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Residual branches start small (GPT-2), so that depth does not blow up the stream."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=self.config.d_model**-0.5)
+        for sublayer in self.sublayers:
+            last = sublayer.down if isinstance(sublayer, FeedForward) else sublayer.out
+            last.weight.data *= (2 * self.config.num_layers) ** -0.5
+
+    def forward(self, x_BTND: Tensor, cache: TemporalCache | None = None, commit: bool = False) -> Tensor:
+        """With a cache, x holds only the frames that follow its past; `commit` adds them to it."""
+        for i, sublayer in enumerate(self.sublayers):
+            if isinstance(sublayer, TemporalAttention):
+                x_BTND = x_BTND + sublayer(x_BTND, cache, i, commit)
+            else:
+                x_BTND = x_BTND + sublayer(x_BTND)
+        if cache is not None and commit:
+            cache.position += x_BTND.shape[1]
+        return self.norm(x_BTND)
+
+
+def patchify(x_BTHWC: Tensor, patch: int) -> Tensor:
+    """Frames to flattened patches (B, T, N, patch * patch * 3)."""
+    return rearrange(x_BTHWC, "b t (h p) (w q) c -> b t (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(x_BTNP: Tensor, patch: int, height: int) -> Tensor:
+    """The inverse of `patchify`."""
+    return rearrange(x_BTNP, "b t (h w) (p q c) -> b t (h p) (w q) c", p=patch, q=patch, h=height // patch)

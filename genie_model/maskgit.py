@@ -1,0 +1,52 @@
+"""The MaskGIT sampler (Chang et al., 2022; section 2.2): all tokens of a frame in a fixed number of parallel steps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from genie_model.config import SamplingConfig
+from genie_model.dynamics import DynamicsModel
+from genie_model.layers import TemporalCache
+
+
+def sample_frame(
+    dynamics: DynamicsModel,
+    config: SamplingConfig,
+    cache: TemporalCache,
+    action_BL: Tensor,
+    num_patches: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """The next frame's codes (B, 1, N, C), given the past in `cache` and the action's latent; the cache is not changed.
+
+    Every step samples all unknown tokens, keeps those it is surest of and masks the rest again; the share that stays
+    masked falls as a cosine. Confidence carries Gumbel noise that anneals to zero, else the surest, dullest tokens come
+    first every time. Shapes are fixed and the choice is by rank, so one compiled graph serves every step.
+    """
+    shape = (action_BL.shape[0], 1, num_patches, dynamics.codes_per_patch)
+    device = action_BL.device
+    tokens = math.prod(shape[1:])
+    codes = torch.full(shape, dynamics.mask_token, device=device)
+    for step in range(config.maskgit_steps):
+        progress = (step + 1) / config.maskgit_steps
+        logits = dynamics.logits(dynamics.hidden(codes, action_BL[:, None], cache)).float()
+        log_probs = (logits / max(config.temperature, 1e-4)).log_softmax(-1)
+        noise = _gumbel(logits.shape, generator, device) if config.temperature > 0 else 0.0
+        sampled = (log_probs + noise).argmax(-1)
+        unknown = codes == dynamics.mask_token
+        sampled = torch.where(unknown, sampled, codes)
+        confidence = log_probs.gather(-1, sampled.clamp_max(dynamics.num_codes - 1)[..., None]).squeeze(-1)
+        confidence = confidence + config.order_noise * (1 - progress) * _gumbel(shape, generator, device)
+        confidence = torch.where(unknown, confidence, torch.inf)
+        masked_next = min(int(tokens * math.cos(progress * math.pi / 2)), tokens - step - 1)
+        rank = confidence.flatten(1).argsort(-1).argsort(-1).view(shape)
+        codes = torch.where(rank < max(masked_next, 0), dynamics.mask_token, sampled)
+    return codes
+
+
+def _gumbel(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    uniform = torch.rand(shape, generator=generator).to(device)
+    return -(-(uniform + 1e-10).log() + 1e-10).log()

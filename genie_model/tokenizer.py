@@ -1,0 +1,62 @@
+"""The video tokenizer (section 2.1): a VQ-VAE whose encoder and decoder are causal ST-transformers (ST-ViViT)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genie_model.config import TokenizerConfig
+from genie_model.layers import STTransformer, TemporalCache, patchify, unpatchify
+from genie_model.quantizer import VectorQuantizer
+
+
+class VideoTokenizer(nn.Module):
+    """Frames in [0, 1] <-> N * C discrete codes a frame. Code z_t has seen x_1..t and nothing later.
+
+    C = `codes_per_patch` codes leave each patch: with 1 it is the paper's; more buy the bits of smaller patches at the
+    compute of larger ones, which is what a two-core machine can afford.
+    """
+
+    def __init__(self, config: TokenizerConfig, frame_size: int, window: int) -> None:
+        super().__init__()
+        self.config, self.frame_size = config, frame_size
+        self.num_patches = (frame_size // config.patch_size) ** 2
+        pixels, latent = config.patch_size**2 * 3, config.codes_per_patch * config.codebook.latent_dim
+        self.patch_in = nn.Linear(pixels, config.encoder.d_model)
+        self.encoder_position = nn.Parameter(0.02 * torch.randn(self.num_patches, config.encoder.d_model))
+        self.encoder = STTransformer(config.encoder, window)
+        self.to_latent = nn.Linear(config.encoder.d_model, latent)
+        self.quantizer = VectorQuantizer(config.codebook)
+        self.from_latent = nn.Linear(latent, config.decoder.d_model)
+        self.decoder_position = nn.Parameter(0.02 * torch.randn(self.num_patches, config.decoder.d_model))
+        self.decoder = STTransformer(config.decoder, window)
+        self.patch_out = nn.Linear(config.decoder.d_model, pixels)
+
+    def forward(self, x_BTHWC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss of a batch of clips in [0, 1], and what to log."""
+        quantized = self.quantizer(self._encode(x_BTHWC))
+        error = F.mse_loss(self._decode(quantized.latents).float(), x_BTHWC.float())
+        logs = {"mse": error, "psnr": -10 * error.log10(), "commitment": quantized.loss}
+        logs |= {f"code_{name}": value for name, value in quantized.logs.items()}
+        return error + quantized.loss, {name: value.detach() for name, value in logs.items()}
+
+    def encode(self, x_BTHWC: Tensor) -> Tensor:
+        """Frames in [0, 1] -> codes (B, T, N, C)."""
+        codes: Tensor = self.quantizer(self._encode(x_BTHWC)).codes
+        return codes
+
+    def decode(self, codes_BTNC: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Codes -> frames in [0, 1]; with a cache the frames continue, and join, its past."""
+        return self._decode(self.quantizer.embed(codes_BTNC), cache).float().clamp(0, 1)
+
+    def _encode(self, x_BTHWC: Tensor) -> Tensor:
+        patches = patchify(x_BTHWC, self.config.patch_size)
+        h_BTND = self.encoder(self.patch_in(patches) + self.encoder_position.to(patches.dtype))
+        return self.to_latent(h_BTND).unflatten(-1, (self.config.codes_per_patch, -1))
+
+    def _decode(self, latents_BTNCL: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        h_BTND = self.from_latent(latents_BTNCL.flatten(-2))
+        h_BTND = self.decoder(h_BTND + self.decoder_position.to(h_BTND.dtype), cache, commit=cache is not None)
+        # Zero output is mid-grey: the picture's own mean costs no capacity.
+        return unpatchify(self.patch_out(h_BTND) + 0.5, self.config.patch_size, self.frame_size)

@@ -1,0 +1,137 @@
+"""The one trainer. A model is anything whose `forward(clips in [0, 1])` gives (loss, logs).
+
+A step is a pure function of (config, data, step): the batch, the learning rate and the random numbers all derive from
+the step's number. So a run that was killed and started again ends in the very weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from genie_model import checkpoint
+from genie_model.backend import native
+from genie_model.checkpoint import TrainingState
+from genie_model.config import Config, StageConfig
+from genie_model.data.loader import ClipLoader
+from genie_model.data.store import VideoStore
+from genie_model.genie import Genie
+from genie_model.optim import learning_rate, make_optimizer
+from genie_model.progress import NoLog, RunLog, bar, summary
+
+
+def train_tokenizer(config: Config, data_uri: str, root_uri: str, log: RunLog | None = None) -> str:
+    """Phase one of section 2.1. Returns the URI of the tokenizer: a Genie whose other parts are untrained.
+
+    Everything lies under `root_uri`, under names that the config and the data set decide: a finished tokenizer is
+    reused, a killed run carries on. Raises ValueError for a data set that is missing or does not fit.
+    """
+    store = VideoStore.open(f"{data_uri}/train")
+    name = _name("tokenizer", store, config.digest("data", "tokenizer", "train_tokenizer", "seed"))
+    torch.manual_seed(config.seed)
+    genie = Genie(config)
+    return _train("train-tokenizer", name, genie, genie.tokenizer, config.train_tokenizer, store, root_uri, log)
+
+
+def train_world(config: Config, data_uri: str, tokenizer_uri: str, root_uri: str, log: RunLog | None = None) -> str:
+    """Phase two of section 2.1: LAM and dynamics are co-trained on a frozen tokenizer. Returns the Genie's URI."""
+    store = VideoStore.open(f"{data_uri}/train")
+    tokenizer = checkpoint.load_model(tokenizer_uri).tokenizer
+    if tokenizer.config != config.tokenizer:
+        raise ValueError(f"the tokenizer at {tokenizer_uri} was trained with another tokenizer config: train it anew")
+    trained = ("data", "tokenizer", "train_tokenizer", "lam", "dynamics", "train_world", "sampling", "seed")
+    name = _name("genie", store, config.digest(*trained))
+    torch.manual_seed(config.seed)
+    genie = Genie(config)
+    genie.tokenizer.load_state_dict(tokenizer.state_dict())
+    genie.tokenizer.requires_grad_(False)
+    return _train("train-world", name, genie, genie, config.train_world, store, root_uri, log)
+
+
+def _name(kind: str, store: VideoStore, config_digest: str) -> str:
+    return f"{kind}-{hashlib.sha256((store.digest + config_digest).encode()).hexdigest()[:12]}"
+
+
+def _train(
+    step_name: str,
+    name: str,
+    genie: Genie,
+    trained: nn.Module,
+    stage: StageConfig,
+    store: VideoStore,
+    root_uri: str,
+    log: RunLog | None,
+) -> str:
+    model_uri, state = f"{root_uri}/models/{name}", TrainingState(f"{root_uri}/training/{name}")
+    if checkpoint.is_model(model_uri):
+        summary(step_name, f"reused {model_uri}: it was trained with this very config on this very data")
+        return model_uri
+    loader = ClipLoader(store, stage.batch_size, genie.config.data.clip_length, seed=genie.config.seed)
+    text = fit(trained, stage, loader, state, desc=step_name, seed=genie.config.seed, log=log or NoLog())
+    checkpoint.save_model(model_uri, genie)
+    state.remove()
+    summary(step_name, f"{text} -> {model_uri}")
+    return model_uri
+
+
+def fit(
+    module: nn.Module,
+    stage: StageConfig,
+    loader: ClipLoader,
+    state: TrainingState,
+    *,
+    desc: str,
+    seed: int,
+    log: RunLog,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> str:
+    """Trains `module` in place from its newest checkpoint to `stage.steps`; returns a line that says how it went."""
+    native.keep_freed_memory()
+    module.to(native.device()).train()
+    optimizer = make_optimizer(module.parameters(), stage.optimizer)
+    start = state.restore(module, optimizer)
+    frames_per_step = stage.batch_size * loader.clip_length
+    began, logs = time.monotonic(), dict[str, float]()
+    with bar(
+        desc=desc, unit="frame", total=stage.steps * frames_per_step, initial=start * frames_per_step
+    ) as progress:
+        for step, batch in loader.stream(start, stage.steps):
+            on_step(step)
+            torch.manual_seed(seed * 1_000_003 + step)
+            with native.autocast(stage.precision):
+                loss, tensors = module(native.to_unit_frames(batch))
+            loss.backward()
+            gradient_norm = nn.utils.clip_grad_norm_(module.parameters(), stage.optimizer.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, stage.steps, stage.optimizer)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.update(frames_per_step)
+            done = step + 1
+            if done % stage.log_every == 0 or done == stage.steps:
+                logs = {key: float(value) for key, value in tensors.items()}
+                logs |= {"loss": float(loss), "gradient_norm": float(gradient_norm)}
+                _check_finite(logs["loss"], step)
+                rate = (done - start) * frames_per_step / (time.monotonic() - began)
+                log.metrics(logs | {"frames_per_second": rate}, done)
+                progress.set_postfix_str(_shown(logs))
+            if done % stage.checkpoint_every == 0 and done < stage.steps:
+                state.save(done, module, optimizer)
+    seconds = time.monotonic() - began
+    resumed = f" (carried on from step {start:,})" if start else ""
+    rate = (stage.steps - start) * frames_per_step / seconds
+    return f"{stage.steps:,} steps{resumed} in {seconds:.0f} s, {rate:,.0f} frames/s, {_shown(logs)}"
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        raise ValueError(f"the loss is {loss} at step {step}: lower optimizer.max_lr or use precision=fp32")
+
+
+def _shown(logs: dict[str, float]) -> str:
+    keys = ("psnr", "code_perplexity", "lam/mse_over_copy", "lam/action_perplexity", "dynamics/cross_entropy", "loss")
+    return ", ".join(f"{key.rpartition('/')[2]} {logs[key]:.3g}" for key in keys if key in logs)
