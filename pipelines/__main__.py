@@ -1,0 +1,160 @@
+"""`python -m pipelines`: compile, run or submit a pipeline; `demo` does all of it on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from genie_model.config import Config
+from genie_model.presets import get_preset, preset_names
+from pipelines.local import PipelineError, interrupt_on_signals, locked, run_locally, say
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 2 for a wrong argument, 1 for a failure, 130 for Ctrl-C; each after one line."""
+    args = _parser().parse_args(arguments)
+    try:
+        config = get_preset(args.preset).with_overrides(*args.set)
+    except ValueError as error:
+        return _refuse(str(error), 2)
+    try:
+        interrupt_on_signals()
+        return {"compile": _compile, "run": _run, "submit": _submit, "demo": _demo}[args.command](args, config)
+    except (ValueError, OSError, PipelineError) as error:
+        return _refuse(str(error), 1)
+    except KeyboardInterrupt:
+        return _refuse("stopped; the same command carries on", 130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pipelines", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    helps = {
+        "compile": "write the YAML to upload in the Kubeflow UI",
+        "run": "run it on this machine, as the demo does, without serving",
+        "submit": "start it on a Kubeflow Pipelines host",
+        "demo": "run it on this machine, then serve the world it made",
+    }
+    for name, text in helps.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name != "demo":
+            command.add_argument("pipeline", choices=["coinrun"])
+        preset = "demo" if name == "demo" else "coinrun"
+        command.add_argument("--preset", default=preset, help=f"one of {', '.join(preset_names())} (default: {preset})")
+        command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
+        command.add_argument("--root", help="where data sets and models lie, e.g. gs://bucket/genie")
+        command.add_argument("--experiment", default="genie", help="MLflow experiment (default: genie)")
+        if name in ("compile", "submit", "run"):
+            command.add_argument("--tracking-uri", default="", help="MLflow server (default: MLFLOW_TRACKING_URI)")
+        if name in ("run", "demo"):
+            command.add_argument("--state", default=".genie", help="folder for everything local (default: .genie)")
+            command.add_argument("--no-cache", action="store_true", help="run finished steps again")
+            command.add_argument("--mlflow-port", type=int, default=5000, help="default: 5000, or the next free one")
+        if name == "demo":
+            command.add_argument(
+                "--port", type=int, default=8000, help="the page's; default: 8000, or the next free one"
+            )
+        if name == "compile":
+            command.add_argument("--output", default="build/coinrun.yaml", help="default: build/coinrun.yaml")
+        if name == "submit":
+            command.add_argument("--host", required=True, help="URL of the Kubeflow Pipelines API")
+    return parser
+
+
+def _compile(args: argparse.Namespace, config: Config) -> int:
+    output = Path(args.output)
+    _write_package(args, output)
+    say(f"{output}: upload it in the Kubeflow UI; preset {args.preset} and its overrides are the form's defaults")
+    return 0
+
+
+def _run(args: argparse.Namespace, config: Config) -> int:
+    state = Path(args.state).absolute()
+    with locked(state), _tracking(args, state) as tracking_uri:
+        _run_pipeline(args, config, state, tracking_uri)
+    return 0
+
+
+def _submit(args: argparse.Namespace, config: Config) -> int:
+    if not args.root:
+        raise ValueError(
+            "submit needs --root, a URI that the cluster's steps can read and write, e.g. gs://bucket/genie"
+        )
+    _reach(args.host)
+    import kfp
+    from kfp_server_api.exceptions import ApiException
+    from urllib3.exceptions import HTTPError
+
+    package = Path("build/coinrun.yaml")
+    _write_package(args, package)
+    try:
+        client = kfp.Client(host=args.host)
+        started = client.create_run_from_pipeline_package(str(package), experiment_name=args.experiment)
+    except (ApiException, HTTPError) as error:
+        raise ValueError(f"{args.host} did not take the pipeline: {' '.join(str(error).split())[:300]}") from None
+    say(f"run {started.run_id} on {args.host}")
+    return 0
+
+
+def _demo(args: argparse.Namespace, config: Config) -> int:
+    from pipelines.servers import mlflow_server, play_server
+
+    state = Path(args.state).absolute()
+    with locked(state), mlflow_server(state, args.mlflow_port) as tracking_uri:
+        _run_pipeline(args, config, state, tracking_uri)
+        return play_server(state, tracking_uri, args.port)
+
+
+def _run_pipeline(args: argparse.Namespace, config: Config, state: Path, tracking_uri: str) -> None:
+    root_uri = args.root or str(state)
+    say(f"preset {args.preset}{''.join(f' {override}' for override in args.set)}; everything is kept in {root_uri}")
+    run_locally(config, args.preset, args.set, root_uri, tracking_uri, args.experiment, state, not args.no_cache)
+
+
+@contextlib.contextmanager
+def _tracking(args: argparse.Namespace, state: Path):  # type: ignore[no-untyped-def]
+    """The MLflow server that was named, else one of this run's own."""
+    from pipelines.servers import mlflow_server
+
+    if named := args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        yield named
+    else:
+        with mlflow_server(state, args.mlflow_port) as tracking_uri:
+            yield tracking_uri
+
+
+def _reach(host: str) -> None:
+    """Raises ValueError at once when no one answers; KFP's client tries for a minute and a half."""
+    try:
+        urllib.request.urlopen(host, timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as error:
+        raise ValueError(f"no Kubeflow host answers at {host} ({error}); check --host, or port-forward it") from None
+
+
+def _write_package(args: argparse.Namespace, output: Path) -> None:
+    from kfp import compiler
+
+    from pipelines.coinrun import coinrun
+
+    values = {"preset": args.preset, "overrides": args.set, "experiment": args.experiment}
+    values |= {"tracking_uri": args.tracking_uri} | ({"root_uri": args.root} if args.root else {})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    half = output.with_name(f".{output.name}.tmp.yaml")
+    compiler.Compiler().compile(coinrun, str(half), pipeline_parameters=values)
+    half.replace(output)
+
+
+def _refuse(reason: str, status: int) -> int:
+    print(f"pipelines: {reason}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

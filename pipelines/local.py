@@ -1,0 +1,202 @@
+"""The same pipeline without a cluster: kfp.local runs each step as a process of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import psutil
+
+import genie_model
+from genie_model.config import Config
+from genie_model.progress import RUNNER_VARIABLE, TERMINAL_VARIABLE, summary
+
+_COLOR = re.compile(r"\x1b\[\d+m")
+_STARTED = re.compile(r"Executing task '(.+)'")
+_SUCCEEDED = re.compile(r"Task '(.+)' finished with status SUCCESS")
+_CACHED = re.compile(r"Task (.+) cache hit")
+_KFP_LOG = re.compile(r"\d\d:\d\d:\d\d\.\d{3} - |\[KFP Executor |-+$")
+
+
+class PipelineError(Exception):
+    """A step failed; it has said why in a line of its own."""
+
+
+def run_locally(
+    config: Config,
+    preset: str,
+    overrides: list[str],
+    root_uri: str,
+    tracking_uri: str,
+    experiment: str,
+    state: Path,
+    cache: bool,
+) -> None:
+    """Runs the pipeline; steps that are in KFP's cache are skipped, an interrupted one carries on.
+
+    `state` keeps KFP's cache, its outputs and the full log. Raises PipelineError.
+    """
+    from kfp import local
+
+    from pipelines.coinrun import coinrun
+
+    warnings.filterwarnings("ignore", module="kfp.*")  # that resources and images mean nothing here
+    local.init(
+        runner=local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(state / "kfp" / "outputs"),
+        enable_caching=cache,
+        # A cached result is what this code made of this config.
+        cache_root=str(state / "kfp" / "cache" / f"{config.digest()}-{_code_digest()}"),
+    )
+    log_path = state / "logs" / f"{time.strftime('%Y-%m-%d-%H%M%S')}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    # The server's address is no argument of the steps: on another port a cached step is still the same step.
+    environment = {"MLFLOW_TRACKING_URI": tracking_uri, RUNNER_VARIABLE: str(os.getpid())}
+    if sys.stderr.isatty():
+        environment[TERMINAL_VARIABLE] = os.ttyname(sys.stderr.fileno())
+    with log_path.open("w") as log, _environment(environment), _relayed(sys.stdout, log):
+        try:
+            coinrun(root_uri=root_uri, preset=preset, overrides=overrides, tracking_uri="", experiment=experiment)
+        except RuntimeError as error:
+            reason = _COLOR.sub("", str(error)).partition("Inner task failed: ")[2] or str(error)
+            raise PipelineError(
+                f"step {reason.strip('.')} failed, for the reason above; mend it and run again, what is finished is "
+                f"kept. Full log: {log_path}"
+            ) from None
+        except KeyboardInterrupt:
+            _end_steps()
+            raise
+
+
+@contextlib.contextmanager
+def locked(state: Path) -> Iterator[None]:
+    """Only one run works in `state`. The kernel drops the lock with its holder, kill -9 included."""
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run works in {state}: wait for it, or name another folder with --state"
+            ) from None
+        yield
+
+
+def interrupt_on_signals() -> None:
+    """SIGTERM and a closed terminal end a run as Ctrl-C does."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGHUP, interrupt)
+
+
+class _Screen(io.TextIOBase):
+    """Writes every line to the log, and to the screen those that a person waits for.
+
+    kfp.local prints its own log, its executor's, and the steps' output to stdout; the latter alone is kept, with each
+    step's begin, end, and time.
+    """
+
+    def __init__(self, screen: TextIO, log: TextIO) -> None:
+        self._screen = screen
+        self._log = log
+        self._partial = ""
+        self._in_executor_input = False
+        self._started = 0.0
+
+    def write(self, text: str) -> int:
+        *lines, self._partial = (self._partial + text).split("\n")
+        for line in lines:
+            self._line(_COLOR.sub("", line).strip())
+        return len(text)
+
+    def flush(self) -> None:
+        self._screen.flush()
+        self._log.flush()
+
+    def _line(self, line: str) -> None:
+        self._log.write(line + "\n")
+        if started := _STARTED.search(line):
+            self._started = time.monotonic()
+            self._show(f"[{started[1]}] starts")
+        elif succeeded := _SUCCEEDED.search(line):
+            self._show(f"[{succeeded[1]}] took {time.monotonic() - self._started:.0f} s")
+        elif cached := _CACHED.search(line):
+            self._show(f"[{cached[1]}] is finished: reused from KFP's cache")
+        elif line in ("{", "}"):  # the executor's input, pretty JSON
+            self._in_executor_input = line == "{"
+        elif line and not self._in_executor_input and not _KFP_LOG.match(line):
+            self._show(line)
+
+    def _show(self, line: str) -> None:
+        self._screen.write(line + "\n")
+        self.flush()
+
+
+@contextlib.contextmanager
+def _relayed(screen: TextIO, log: TextIO) -> Iterator[None]:
+    root = logging.getLogger()
+    level = root.level
+    relay = _Screen(screen, log)
+    handler = logging.StreamHandler(relay)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        with contextlib.redirect_stdout(relay):
+            yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _end_steps() -> None:
+    """Waits for the interrupted steps to record their end; kills those that take too long."""
+    steps = []
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get(RUNNER_VARIABLE) == str(os.getpid()):
+            steps.append(process)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+    for late in psutil.wait_procs(steps, timeout=20)[1]:
+        late.kill()
+
+
+def _code_digest() -> str:
+    """Of the library's source: what a cached step was made with."""
+    digest = hashlib.sha256()
+    folder = Path(genie_model.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def say(text: str) -> None:
+    summary("genie", text)
