@@ -1,0 +1,302 @@
+"""How good a Genie is on levels it was never trained on (section 3, Metrics). Only here are true actions read."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from genie_model import files, metrics, pictures
+from genie_model.checkpoint import load_model
+from genie_model.config import Config
+from genie_model.data.store import VideoStore
+from genie_model.data.truth import PrivilegedTruth
+from genie_model.genie import Genie
+from genie_model.metrics import Estimate
+from genie_model.probe import supervised_bound
+from genie_model.progress import NoLog, RunLog, bar, summary
+from genie_model.video_features import Random3DFeatures
+
+_BATCH = 16  # clips at a time
+_FEATURES = Random3DFeatures()
+
+Frames = NDArray[np.uint8]
+Findings = dict[str, Estimate | float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`metrics` by name, those with an interval over levels beside a `_ci95`; `pictures` are uint8 (H, W, 3)."""
+
+    metrics: dict[str, float]
+    pictures: dict[str, Frames]
+
+
+def evaluate(config: Config, model_uri: str, data_uri: str, log: RunLog = NoLog()) -> Evaluation:  # noqa: B008
+    """Measures the model at `model_uri` on `data_uri`/eval as `config.evaluation` says, and logs what it finds.
+
+    Also writes the held-out start frames into the model's folder. Raises ValueError when model or data are missing or
+    broken, or too few for what is asked.
+    """
+    genie = load_model(model_uri)
+    held_out = HeldOut.open(f"{data_uri}/eval")
+    evaluation = measure(config, genie, held_out)
+    save_start_frames(model_uri, data_uri, config)
+    log.metrics(evaluation.metrics)
+    for name, picture_HWC in evaluation.pictures.items():
+        log.image(name, picture_HWC)
+    summary("evaluate", _headline(config, evaluation.metrics))
+    return evaluation
+
+
+def measure(config: Config, genie: Genie, held_out: HeldOut) -> Evaluation:
+    """All metrics and pictures of a Genie in memory. The same config, model and data give the same figures."""
+    frames_BTHWC, levels_B = held_out.clips(config.data.clip_length, config.evaluation.clips, config.seed)
+    found: Findings = {}
+    drawn: dict[str, Frames] = {}
+    for part in (_measure_tokenizer, _measure_rollouts):
+        part(config, genie, frames_BTHWC, levels_B, found, drawn)
+    _measure_latent_actions(config, genie, held_out, found, drawn)
+    found["lam_mse_over_copy"] = _lam_mse_over_copy(genie, frames_BTHWC, levels_B)
+    drawn["action_grid"] = _action_grid(config, genie, frames_BTHWC)
+    return Evaluation(metrics.flatten(found), drawn)
+
+
+def save_start_frames(model_uri: str, data_uri: str, config: Config, count: int = 8) -> list[str]:
+    """Writes `count` held-out first frames that look unlike each other to <model_uri>/start_frames/00.png, ....
+
+    They are what play starts from when nobody uploads an image. Returns their URIs; the same data give the same files.
+    """
+    store = VideoStore.open(f"{data_uri}/eval")
+    firsts_BHWC = np.stack([store.frames(episode, 0, 1)[0] for episode in range(store.num_episodes)])
+    uris = []
+    for number, index in enumerate(pictures.most_different(firsts_BHWC, count)):
+        png = io.BytesIO()
+        Image.fromarray(firsts_BHWC[index]).save(png, "png")
+        uris.append(f"{model_uri.rstrip('/')}/start_frames/{number:02d}.png")
+        files.write_atomic(uris[-1], png.getvalue())
+    return uris
+
+
+# --- the held-out levels ---
+
+
+class Episode(NamedTuple):
+    """`action_T[t]` leads from frame t to t + 1, one fewer than frames; positions are in cells of the level's grid."""
+
+    level: int
+    frames_THWC: Frames
+    action_T: NDArray[np.int64]
+    x_T: NDArray[np.float64]
+    y_T: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out episodes in memory, in order of level, with what really happened in them."""
+
+    uri: str
+    episodes: list[Episode]
+
+    @classmethod
+    def open(cls, uri: str) -> HeldOut:
+        store, truth = VideoStore.open(uri), PrivilegedTruth.open(uri)
+        episodes = []
+        for number, length in enumerate(store.episode_lengths):
+            true = truth.episode(number)
+            frames_THWC = store.frames(number, 0, int(length))
+            episodes.append(Episode(true["level_seed"], frames_THWC, true["action"], true["agent_x"], true["agent_y"]))
+        return cls(uri, sorted(episodes, key=lambda episode: episode.level))
+
+    def windows(self, length: int, stride: int) -> list[tuple[Episode, int]]:
+        """Every (episode, start) whose `length` frames lie within the episode, in order of level and time."""
+        found = [
+            (episode, start)
+            for episode in self.episodes
+            for start in range(0, len(episode.frames_THWC) - length + 1, stride)
+        ]
+        if len({episode.level for episode, _ in found}) < 2:
+            raise ValueError(
+                f"fewer than 2 levels of {self.uri} have {length} frames in one episode: lower data.clip_length, "
+                "or raise data.eval_levels or data.eval_steps_per_level and collect again"
+            )
+        return found
+
+    def clips(self, length: int, count: int, seed: int) -> tuple[Frames, NDArray[np.int64]]:
+        """Up to `count` clips, none overlapping, spread evenly over levels: uint8 (B, T, H, W, 3) and their levels."""
+        windows = self.windows(length, stride=length)
+        turns: dict[int, int] = {}
+        order = []  # (how many clips of its level came before, clip)
+        for index in np.random.default_rng(seed).permutation(len(windows)):
+            level = windows[index][0].level
+            turns[level] = turns.get(level, -1) + 1
+            order.append((turns[level], int(index)))
+        chosen = [windows[index] for _, index in sorted(order)[:count]]
+        frames_BTHWC = np.stack([episode.frames_THWC[start : start + length] for episode, start in chosen])
+        return frames_BTHWC, np.array([episode.level for episode, _ in chosen])
+
+
+# --- the parts of a Genie ---
+
+
+def _measure_tokenizer(
+    config: Config,
+    genie: Genie,
+    frames_BTHWC: Frames,
+    levels_B: NDArray[np.int64],
+    found: Findings,
+    drawn: dict[str, Frames],
+) -> None:
+    reconstructed_BTHWC = _in_batches(genie.reconstruct, frames_BTHWC, "reconstruct")
+    codes_BTN = _in_batches(genie.tokenize, frames_BTHWC, "tokenize")
+    found["tokenizer_psnr"] = _over_levels(metrics.psnr(frames_BTHWC, reconstructed_BTHWC), levels_B)
+    found["tokenizer_code_usage"] = metrics.code_usage(codes_BTN, config.tokenizer.codebook.num_codes)
+    found["tokenizer_code_perplexity"] = metrics.code_perplexity(codes_BTN, config.tokenizer.codebook.num_codes)
+    drawn["reconstruction"] = pictures.reconstruction_strip(frames_BTHWC[:2], reconstructed_BTHWC[:2])
+
+
+def _measure_rollouts(
+    config: Config,
+    genie: Genie,
+    frames_BTHWC: Frames,
+    levels_B: NDArray[np.int64],
+    found: Findings,
+    drawn: dict[str, Frames],
+) -> None:
+    """From a real prompt, with the actions that the LAM infers from the truth and with random ones (delta-t PSNR)."""
+    prompt, horizon = config.evaluation.prompt_frames, config.evaluation.horizon
+    real_BTHWC = frames_BTHWC[:, : prompt + horizon]
+    prompt_BTHWC, truth_BTHWC = real_BTHWC[:, :prompt], real_BTHWC[:, prompt:]
+    inferred_BT = _in_batches(genie.infer_actions, real_BTHWC, "infer actions")[:, prompt - 1 :]
+    random_BT = np.random.default_rng(config.seed).integers(config.num_actions, size=inferred_BT.shape)
+    inferred_BTHWC = rollout(genie, prompt_BTHWC, inferred_BT, config.seed, "inferred actions")
+    random_BTHWC = rollout(genie, prompt_BTHWC, random_BT, config.seed, "random actions")
+    copy_BTHWC = np.repeat(prompt_BTHWC[:, -1:], horizon, axis=1)
+
+    delta_BT = metrics.delta_psnr(truth_BTHWC, inferred_BTHWC, random_BTHWC)
+    found[f"delta_psnr_t{horizon}"] = _over_levels(delta_BT[:, -1], levels_B)
+    rollout_BT, copy_BT = metrics.psnr(truth_BTHWC, inferred_BTHWC), metrics.psnr(truth_BTHWC, copy_BTHWC)
+    for t in sorted({1, horizon}):
+        found[f"rollout_psnr_t{t}"] = _over_levels(rollout_BT[:, t - 1], levels_B)
+        found[f"copy_psnr_t{t}"] = _over_levels(copy_BT[:, t - 1], levels_B)
+        found[f"rollout_over_copy_t{t}"] = _over_levels((rollout_BT - copy_BT)[:, t - 1], levels_B)
+
+    dreamt_BTHWC = np.concatenate([prompt_BTHWC, inferred_BTHWC], axis=1)
+    frozen_BTHWC = np.concatenate([prompt_BTHWC, copy_BTHWC], axis=1)
+    fvd = f"fvd_{_FEATURES.name}"
+    found[fvd] = metrics.frechet_video_distance(real_BTHWC, dreamt_BTHWC, _FEATURES)
+    found[f"{fvd}_copy"] = metrics.frechet_video_distance(real_BTHWC, frozen_BTHWC, _FEATURES)
+
+    imagined_BTHWC = np.concatenate([prompt_BTHWC, random_BTHWC], axis=1)
+    drawn["rollout"] = pictures.rollout_strip(real_BTHWC[:2], dreamt_BTHWC[:2], imagined_BTHWC[:2], prompt)
+
+
+def _measure_latent_actions(
+    config: Config, genie: Genie, held_out: HeldOut, found: Findings, drawn: dict[str, Frames]
+) -> None:
+    """What the latent actions of all held-out transitions tell of the true ones."""
+    length = config.data.clip_length
+    windows = held_out.windows(length, stride=length - 1)  # each transition once
+    frames_WTHWC = np.stack([episode.frames_THWC[start : start + length] for episode, start in windows])
+    latents_N = _in_batches(genie.infer_actions, frames_WTHWC, "latent actions").ravel()
+    actions_N = np.concatenate([episode.action_T[start : start + length - 1] for episode, start in windows])
+    dx_N = np.concatenate([np.diff(episode.x_T[start : start + length]) for episode, start in windows])
+    dy_N = np.concatenate([np.diff(episode.y_T[start : start + length]) for episode, start in windows])
+    levels_N = np.repeat([episode.level for episode, _ in windows], length - 1)
+    found.update(metrics.latents_beside_truth(latents_N, actions_N, dx_N, dy_N, levels_N, config.num_actions))
+    found["direction_supervised_bound"] = _direction_bound(held_out, config.seed)
+
+    directions_N = metrics.coinrun_direction(actions_N)
+    table_AC = metrics.contingency_table(latents_N, directions_N, config.num_actions, len(metrics.DIRECTIONS))
+    rows = [f"action {action + 1}" for action in range(config.num_actions)]
+    drawn["actions_beside_truth"] = pictures.share_table(table_AC, rows, metrics.DIRECTIONS)
+
+
+def _direction_bound(held_out: HeldOut, seed: int) -> Estimate:
+    """Every transition that has a frame before it, told by a supervised net."""
+    episodes = [episode for episode in held_out.episodes if len(episode.frames_THWC) > 2]
+    starts = np.cumsum([0, *[len(episode.frames_THWC) for episode in episodes]])
+    return supervised_bound(
+        np.concatenate([episode.frames_THWC for episode in episodes]),
+        np.concatenate(
+            [start + np.arange(1, len(e.frames_THWC) - 1) for start, e in zip(starts, episodes, strict=False)]
+        ),
+        np.concatenate([metrics.coinrun_direction(episode.action_T[1:]) for episode in episodes]),
+        np.repeat([episode.level for episode in episodes], [len(e.frames_THWC) - 2 for e in episodes]),
+        seed=seed,
+    )
+
+
+def _lam_mse_over_copy(genie: Genie, frames_BTHWC: Frames, levels_B: NDArray[np.int64]) -> Estimate:
+    """The LAM decoder's error on the next frame over that of repeating the last one: 1 means that it learnt nothing."""
+    predicted_BTHWC = _in_batches(genie.lam_reconstruct, frames_BTHWC, "latent action model")
+    truth_BTHWC, copy_BTHWC = frames_BTHWC[:, 1:], frames_BTHWC[:, :-1]
+    error_B = metrics.mean_squared_error(truth_BTHWC, predicted_BTHWC).mean(axis=1)
+    return metrics.ratio_over_levels(
+        error_B, metrics.mean_squared_error(truth_BTHWC, copy_BTHWC).mean(axis=1), levels_B
+    )
+
+
+def _action_grid(config: Config, genie: Genie, frames_BTHWC: Frames) -> Frames:
+    """Figure 17, from prompts that look unlike each other."""
+    prompts_BTHWC = frames_BTHWC[:, : config.evaluation.prompt_frames]
+    prompts_BTHWC = prompts_BTHWC[pictures.most_different(prompts_BTHWC[:, -1], config.evaluation.grid_prompts)]
+    repeats = config.evaluation.grid_repeats
+    actions_BT = np.tile(np.arange(config.num_actions), len(prompts_BTHWC))[:, None].repeat(repeats, axis=1)
+    each_BTHWC = prompts_BTHWC.repeat(config.num_actions, axis=0)
+    last_BHWC = rollout(genie, each_BTHWC, actions_BT, config.seed, "action grid")[:, -1]
+    outcomes_BAHWC = last_BHWC.reshape(len(prompts_BTHWC), config.num_actions, *last_BHWC.shape[1:])
+    return pictures.action_grid(prompts_BTHWC[:, -1], outcomes_BAHWC, repeats)
+
+
+def rollout(genie: Genie, prompts_BTHWC: Frames, actions_BT: NDArray[np.int64], seed: int, desc: str) -> Frames:
+    """What is dreamt after the prompts when these latent actions are taken: uint8, a frame for each action."""
+    dreamt = []
+    with bar(desc=f"evaluate: {desc}", unit="frame", total=actions_BT.size) as progress:
+        for begin in range(0, len(prompts_BTHWC), _BATCH):
+            state = genie.start(torch.from_numpy(prompts_BTHWC[begin : begin + _BATCH]), seed=seed + begin)
+            frames = []
+            for action_B in torch.from_numpy(actions_BT[begin : begin + _BATCH]).unbind(1):
+                frames.append(genie.step(state, action_B).numpy())
+                progress.update(len(action_B))
+            dreamt.append(np.stack(frames, axis=1))
+    return np.concatenate(dreamt)
+
+
+def _in_batches(call: Callable[[Tensor], Tensor], frames_BTHWC: Frames, desc: str) -> NDArray[Any]:
+    begins = bar(range(0, len(frames_BTHWC), _BATCH), desc=f"evaluate: {desc}", unit="batch")
+    with torch.inference_mode():
+        return np.concatenate(
+            [call(torch.from_numpy(frames_BTHWC[begin : begin + _BATCH])).numpy() for begin in begins]
+        )
+
+
+def _over_levels(values: NDArray[np.float64], levels_B: NDArray[np.int64]) -> Estimate:
+    """The mean of (B) or (B, T) values and its interval."""
+    return metrics.mean_over_levels(values.reshape(len(levels_B), -1).mean(axis=1), levels_B)
+
+
+def _headline(config: Config, found: dict[str, float]) -> str:
+    """The key figures, each beside what chance or a copy would score."""
+
+    def shown(name: str, digits: int) -> str:
+        return f"{found[name]:.{digits}f} ± {found[f'{name}_ci95']:.{digits}f}"
+
+    horizon = config.evaluation.horizon
+    return (
+        f"tokenizer {shown('tokenizer_psnr', 1)} dB with {found['tokenizer_code_usage']:.0%} of codes; "
+        f"delta-{horizon} PSNR {shown(f'delta_psnr_t{horizon}', 2)} dB; "
+        f"frame 1 {found['rollout_psnr_t1']:.1f} dB (copy {found['copy_psnr_t1']:.1f}); "
+        f"{found['lam_action_usage']:.0%} of {config.num_actions} actions in use, "
+        f"LAM error {found['lam_mse_over_copy']:.2f} of copying; "
+        f"direction {shown('direction_balanced_accuracy', 2)} "
+        f"(chance {found['direction_chance']:.2f}, supervised {found['direction_supervised_bound']:.2f}); "
+        f"motion explained: {found['displacement_x_explained']:.0%} across, {found['displacement_y_explained']:.0%} up"
+    )

@@ -1,0 +1,108 @@
+"""Pictures for people: labelled tables of frames, and a table of numbers. All return uint8 (H, W, 3) RGB."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Picture = NDArray[np.uint8]
+
+SCALE = 3  # nearest-neighbour enlargement of frames
+GAP = 6  # pixels between cells
+_PAPER, _INK, _FULL = (255, 255, 255), (34, 38, 46), (38, 98, 160)
+_FONT = ImageFont.load_default(16)
+
+
+def frame_table(
+    frames_RCHWC: ArrayLike, row_labels: Sequence[str], column_labels: Sequence[str], scale: int = SCALE
+) -> Picture:
+    """R rows by C columns of uint8 frames, enlarged without smoothing, under a header and beside row labels."""
+    frames = np.asarray(frames_RCHWC, np.uint8)
+    rows, columns, height, width, _ = frames.shape
+    image, _, corner = _table(row_labels, column_labels, rows, columns, height * scale, width * scale)
+    for row in range(rows):
+        for column in range(columns):
+            cell = Image.fromarray(frames[row, column])
+            cell = cell.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            image.paste(cell, corner(row, column))
+    return np.asarray(image, np.uint8)
+
+
+def reconstruction_strip(real_BTHWC: ArrayLike, reconstructed_BTHWC: ArrayLike, columns: int = 8) -> Picture:
+    """Real frames over what the tokenizer makes of them, every few frames of each clip."""
+    real, reconstructed = np.asarray(real_BTHWC), np.asarray(reconstructed_BTHWC)
+    shown = np.linspace(0, real.shape[1] - 1, min(columns, real.shape[1])).round().astype(int)
+    rows = np.stack([real[:, shown], reconstructed[:, shown]], axis=1).reshape(-1, len(shown), *real.shape[2:])
+    return frame_table(rows, ["real", "reconstructed"] * len(real), [f"frame {t + 1}" for t in shown])
+
+
+def action_grid(prompts_BHWC: ArrayLike, outcomes_BAHWC: ArrayLike, repeats: int) -> Picture:
+    """Figure 17: each row a prompt, then where each latent action leads when it is taken `repeats` times."""
+    prompts, outcomes = np.asarray(prompts_BHWC), np.asarray(outcomes_BAHWC)
+    frames = np.concatenate([prompts[:, None], outcomes], axis=1)
+    header = ["prompt", *[f"action {a + 1}, {repeats} times" for a in range(outcomes.shape[1])]]
+    return frame_table(frames, [str(row + 1) for row in range(len(frames))], header)
+
+
+def rollout_strip(
+    truth_BTHWC: ArrayLike, inferred_BTHWC: ArrayLike, random_BTHWC: ArrayLike, prompt_frames: int
+) -> Picture:
+    """What happened, and what is dreamt from the same prompt with inferred and with random latent actions."""
+    clips = np.stack([np.asarray(truth_BTHWC), np.asarray(inferred_BTHWC), np.asarray(random_BTHWC)], axis=1)
+    rows = clips.reshape(-1, *clips.shape[2:])
+    header = ["prompt" if t < prompt_frames else f"t = {t - prompt_frames + 1}" for t in range(rows.shape[1])]
+    return frame_table(rows, ["truth", "inferred actions", "random actions"] * len(clips), header)
+
+
+def share_table(counts_KC: ArrayLike, row_labels: Sequence[str], column_labels: Sequence[str]) -> Picture:
+    """A heat map of counts as shares of their row: what the truth was when the latent said this."""
+    counts = np.asarray(counts_KC, np.float64)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    (rows, columns), height, width = counts.shape, 40, 96
+    image, draw, corner = _table(row_labels, column_labels, rows, columns, height, width)
+    for row in range(rows):
+        for column in range(columns):
+            left, top = corner(row, column)
+            share = float(shares[row, column])
+            fill = tuple(round(paper + share * (full - paper)) for paper, full in zip(_PAPER, _FULL, strict=True))
+            draw.rectangle((left, top, left + width - 1, top + height - 1), fill=fill, outline=(210, 214, 220))
+            ink = _PAPER if share > 0.5 else _INK
+            draw.text((left + width // 2, top + height // 2), f"{share:.0%}", ink, _FONT, anchor="mm")
+    return np.asarray(image, np.uint8)
+
+
+def most_different(frames_BHWC: ArrayLike, count: int) -> list[int]:
+    """Indices of up to `count` frames that look unlike each other: the most typical one, then always the farthest."""
+    frames = np.asarray(frames_BHWC)
+    small = np.stack([np.asarray(Image.fromarray(frame).resize((8, 8), Image.Resampling.BOX)) for frame in frames])
+    points = small.reshape(len(frames), -1).astype(np.float64)
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    chosen = [int(distances.sum(axis=1).argmin())]
+    while len(chosen) < min(count, len(frames)):
+        chosen.append(int(distances[:, chosen].min(axis=1).argmax()))
+    return chosen
+
+
+def _table(
+    row_labels: Sequence[str], column_labels: Sequence[str], rows: int, columns: int, cell_height: int, cell_width: int
+) -> tuple[Image.Image, ImageDraw.ImageDraw, Callable[[int, int], tuple[int, int]]]:
+    """A page with both kinds of labels and empty cells, and where the cell of a row and column begins: (left, top)."""
+    if (len(row_labels), len(column_labels)) != (rows, columns):
+        raise ValueError(f"{len(row_labels)} row and {len(column_labels)} column labels for {rows} x {columns} cells")
+    label_width = round(max(_FONT.getlength(label) for label in row_labels)) + 2 * GAP
+    header_height = 2 * GAP + 16
+
+    def corner(row: int, column: int) -> tuple[int, int]:
+        return label_width + column * (cell_width + GAP), header_height + row * (cell_height + GAP)
+
+    right, bottom = corner(rows, columns)
+    image = Image.new("RGB", (right, bottom), _PAPER)
+    draw = ImageDraw.Draw(image)
+    for row, label in enumerate(row_labels):
+        draw.text((label_width - GAP, corner(row, 0)[1] + cell_height // 2), label, _INK, _FONT, anchor="rm")
+    for column, label in enumerate(column_labels):
+        draw.text((corner(0, column)[0] + cell_width // 2, header_height // 2), label, _INK, _FONT, anchor="mm")
+    return image, draw, corner
