@@ -62,7 +62,7 @@ class VideoStore:
         return int(self.episode_lengths.sum())
 
     def frames(self, episode: int, start: int, length: int) -> NDArray[np.uint8]:
-        """uint8 (T,H,W,3) with T = length. Raises ValueError outside the episode, or when the shard is damaged."""
+        """uint8 (T,H,W,3), T = length; a copy. Raises ValueError outside the episode, or when the shard is damaged."""
         shard, entry = self._episodes[episode]
         if start < 0 or length < 1 or start + length > entry["num_frames"]:
             raise ValueError(
@@ -76,7 +76,7 @@ class VideoStore:
         cuts = ends[first : last + 2] - ends[first]
         decompressor = zstandard.ZstdDecompressor()
         try:
-            raw = b"".join(decompressor.decompress(data[a:b]) for a, b in itertools.pairwise(cuts))
+            raw = bytearray().join(decompressor.decompress(data[a:b]) for a, b in itertools.pairwise(cuts))
         except zstandard.ZstdError:
             raise ValueError(self._damaged(shard)) from None
         skip = start - max(first * CHUNK_FRAMES - lead, 0)

@@ -28,6 +28,7 @@ def test_any_part_of_an_episode_equals_that_part_of_the_whole(store):
         whole = store.frames(episode, 0, length)
         assert whole.shape == (length, 64, 64, 3)
         assert whole.dtype == np.uint8
+        assert whole.flags.writeable  # torch.from_numpy warns of arrays that are not
         for _ in range(50):
             start = int(generator.integers(length))
             count = int(generator.integers(1, length - start + 1))
