@@ -75,7 +75,7 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self.max_bytes:
-                raise UploadTooLargeError(f"the upload is too large: at most {self.max_bytes / 2**20:.0f} MiB")
+                raise UploadTooLargeError(f"the upload is too large: at most {self.max_bytes / 1e6:.1f} MB")
             return message
 
         await self.app(scope, limited_receive, send)

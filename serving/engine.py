@@ -150,15 +150,14 @@ class Engine:
 
         The session itself stays where it is. Its own steps go first: then SessionMovedError is raised.
         """
-        steps, genie, num_actions = session.steps, session.model.genie, session.model.info.num_actions
-        actions = torch.arange(num_actions)
-        fork: PlayState | None = None
+        genie, actions = session.model.genie, torch.arange(session.model.info.num_actions)
+        async with session.lock:
+            steps, worlds = session.steps, await self._run(partial(session.state.repeat, len(actions)))
         for _ in range(repeats):
             async with session.lock:
                 if session.steps != steps:
                     raise SessionMovedError("the session went on while its previews were drawn: ask again")
-                fork = fork or await self._run(partial(session.state.fork, num_actions))
-                frames_AHWC = await self._run(partial(genie.step, fork, actions))
+                frames_AHWC = await self._run(partial(genie.step, worlds, actions))
         return frames_AHWC.numpy()
 
     def delete(self, session_id: str) -> None:

@@ -36,6 +36,10 @@ async function call(path, options) {
   throw new ServiceError(response.status, body?.error?.message ?? `The service answered ${response.status}.`);
 }
 
+function title(model) {
+  return model.run_id ? `${model.name} · version ${model.version}` : model.name;
+}
+
 function say(text, bad = false) {
   $("message").textContent = text;
   $("message").classList.toggle("bad", bad);
@@ -59,7 +63,7 @@ async function begin(from) {
   start = from;
   frameTimes = [];
   $("latency").textContent = $("rate").textContent = "–";
-  $("version").textContent = `${session.model.name} · version ${session.model.version}`;
+  $("version").textContent = title(session.model);
   if ($("actions").childElementCount !== session.model.num_actions) makeActionButtons(session.model.num_actions);
   for (const button of $("starts").querySelectorAll("button")) {
     button.setAttribute("aria-pressed", String(from.image ? button.id === "upload" : button.dataset.name === from.start_frame));
@@ -239,6 +243,17 @@ window.addEventListener("paste", (event) => {
 });
 window.addEventListener("pagehide", end);
 window.addEventListener("pageshow", (event) => { if (event.persisted) restart(); });
+
+// A new champion serves new sessions only: say so to whoever plays an older one
+setInterval(async () => {
+  if (!session || document.hidden) return;
+  try {
+    const newest = await (await call("v1/model")).json();
+    if (session && title(newest) !== title(session.model)) say(`${title(newest)} is here: Restart plays it.`);
+  } catch (error) {
+    say(error.message, true);
+  }
+}, 15000);
 
 // ---- begin
 

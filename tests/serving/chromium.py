@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,24 @@ import websocket
 
 EXECUTABLE = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-dev-shm-usage",
+    "--disable-sync",
+    "--no-first-run",
+    "--remote-debugging-port=0",
+)
 _KEYS = {"Enter": 13, " ": 32}
 
 
 class Chromium:
     """One page in a browser of its own; `errors` collects what the console and uncaught exceptions say."""
 
-    def __init__(self, url: str, width: int = 1200, height: int = 800, mobile: bool = False) -> None:
+    def __init__(self) -> None:
         assert EXECUTABLE
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._process = subprocess.Popen(
@@ -37,14 +46,17 @@ class Chromium:
         self._socket = websocket.create_connection(self._page_url(), timeout=30, suppress_origin=True)
         for domain in ("Page", "Runtime", "Log"):
             self.send(f"{domain}.enable")
+
+    def open(self, url: str, width: int = 1200, height: int = 800, mobile: bool = False) -> None:
+        """Shows `url` in a window of that many pixels, its errors counted anew."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
         self.send("Emulation.setDeviceMetricsOverride", **size)
+        self.send("Page.navigate", url="about:blank")  # so that the page before says good-bye
+        self.errors.clear()
         self.send("Page.navigate", url=url)
 
     def _page_url(self) -> str:
         """The DevTools socket of the blank page; Chromium writes its port into its profile."""
-        import urllib.request
-
         port_file = Path(self._profile.name, "DevToolsActivePort")
         wait_for(lambda: port_file.exists() and port_file.read_text().count("\n"), "Chromium to start", 30)
         port = port_file.read_text().split()[0]
@@ -96,7 +108,7 @@ class Chromium:
 
     def close(self) -> None:
         self._socket.close()
-        self._process.terminate()
+        self._process.kill()
         self._process.wait(timeout=20)
         self._profile.cleanup()
 
