@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -25,9 +26,11 @@ from genie_model.progress import RUNNER_VARIABLE, TERMINAL_VARIABLE, summary
 
 _COLOR = re.compile(r"\x1b\[\d+m")
 _STARTED = re.compile(r"Executing task '(.+)'")
-_SUCCEEDED = re.compile(r"Task '(.+)' finished with status SUCCESS")
 _CACHED = re.compile(r"Task (.+) cache hit")
-_KFP_LOG = re.compile(r"\d\d:\d\d:\d\d\.\d{3} - |\[KFP Executor |-+$")
+_ENDED = re.compile(r"Task '(.+)' finished with status (SUCCESS|FAILURE)")
+_OUTCOMES = {"SUCCESS": "done in", "FAILURE": "failed after"}
+_STEP_INDENT = "    "  # of a step's output
+_EXECUTOR_LOG = re.compile(r" *\[KFP Executor ")
 
 
 class PipelineError(Exception):
@@ -64,6 +67,10 @@ def run_locally(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     # The server's address is no argument of the steps: on another port a cached step is still the same step.
     environment = {"MLFLOW_TRACKING_URI": tracking_uri, RUNNER_VARIABLE: str(os.getpid())}
+    scratch = state / "kfp" / "tmp"  # KFP leaves each step's program there
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    environment["TMPDIR"] = str(scratch)
     if sys.stderr.isatty():
         environment[TERMINAL_VARIABLE] = os.ttyname(sys.stderr.fileno())
     with log_path.open("w") as log, _environment(environment), _relayed(sys.stdout, log):
@@ -107,21 +114,22 @@ def interrupt_on_signals() -> None:
 class _Screen(io.TextIOBase):
     """Writes every line to the log, and to the screen those that a person waits for.
 
-    kfp.local prints its own log, its executor's, and the steps' output to stdout; the latter alone is kept, with each
-    step's begin, end, and time.
+    kfp.local prints its own log, its executor's, and the steps' output to stdout; only the last is shown, between a
+    line for each step's begin and one for its end with the time it took.
     """
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
         self._screen = screen
         self._log = log
         self._partial = ""
-        self._in_executor_input = False
+        self._in_step = False
+        self._in_executor_input = False  # which the executor prints as indented JSON
         self._started = 0.0
 
     def write(self, text: str) -> int:
         *lines, self._partial = (self._partial + text).split("\n")
         for line in lines:
-            self._line(_COLOR.sub("", line).strip())
+            self._line(_COLOR.sub("", line).rstrip())
         return len(text)
 
     def flush(self) -> None:
@@ -133,14 +141,17 @@ class _Screen(io.TextIOBase):
         if started := _STARTED.search(line):
             self._started = time.monotonic()
             self._show(f"[{started[1]}] starts")
-        elif succeeded := _SUCCEEDED.search(line):
-            self._show(f"[{succeeded[1]}] took {time.monotonic() - self._started:.0f} s")
         elif cached := _CACHED.search(line):
             self._show(f"[{cached[1]}] is finished: reused from KFP's cache")
-        elif line in ("{", "}"):  # the executor's input, pretty JSON
-            self._in_executor_input = line == "{"
-        elif line and not self._in_executor_input and not _KFP_LOG.match(line):
-            self._show(line)
+        elif line.endswith("Streamed logs:"):
+            self._in_step = True
+        elif ended := _ENDED.search(line):
+            self._in_step = False
+            self._show(f"[{ended[1]}] {_OUTCOMES[ended[2]]} {time.monotonic() - self._started:.0f} s")
+        elif line in (_STEP_INDENT + "{", _STEP_INDENT + "}"):
+            self._in_executor_input = line.endswith("{")
+        elif self._in_step and not self._in_executor_input and line.strip() and not _EXECUTOR_LOG.match(line):
+            self._show(line.removeprefix(_STEP_INDENT))
 
     def _show(self, line: str) -> None:
         self._screen.write(line + "\n")

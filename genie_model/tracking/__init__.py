@@ -10,4 +10,5 @@ __all__ = ["Decision", "ModelVersion", "StepRun", "champion", "connect", "decide
 
 # A step's screen belongs to its own progress bar and summary.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 logging.getLogger("mlflow").setLevel(logging.WARNING)

@@ -80,10 +80,10 @@ def register(model_uri: str, metrics: Mapping[str, float], run: StepRun, name: s
                 pip_requirements=[_pinned(library) for library in _REQUIREMENTS],
             )
             mlflow.log_metrics(dict(metrics), model_id=logged.model_id)
+            _ensure_registered(client, name)
+            tags = {"model_digest": digest, "preset": run.config.name, "trained_at": model_uri}
+            version = mlflow.register_model(logged.model_uri, name, tags=tags)
         client.update_run(run.parent_id, "RUNNING")  # start_run() ended it; the pipeline goes on
-    _ensure_registered(client, name)
-    tags = {"model_digest": digest, "preset": run.config.name, "trained_at": model_uri}
-    version = client.create_model_version(name, logged.model_uri, run.parent_id, tags)
     summary("register", f"{name} version {version.version}")
     return str(version.version)
 

@@ -1,0 +1,43 @@
+# Every target, with what it does: make help
+PYTHON ?= python3.11
+ARGS ?=
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check compile clean clean-all
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@echo '  options: make demo ARGS="--set train_world.steps=500 --port 8001", PIP_ARGS="...", PYTHON=python3.12'
+
+# The stamp is written last: an installation that was interrupted is done again.
+.venv/installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11 or set PYTHON=..." >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv && $(PYTHON) -m venv .venv; }
+	@echo "[setup] installing into .venv what constraints.txt pins (a few minutes the first time)"
+	PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install $(PIP_ARGS) --editable '.[dev]'
+	@touch $@
+
+setup: .venv/installed  ## make .venv, or bring it up to date
+	@echo "[setup] .venv is up to date"
+
+demo: setup  ## from nothing to a CoinRun world to play in the browser, with its MLflow server
+	@$(BIN)/python -m pipelines demo $(ARGS)
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## format, lint and type-check
+	$(BIN)/ruff format .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+compile: setup  ## write build/coinrun.yaml, the pipeline to upload in the Kubeflow UI
+	@$(BIN)/python -m pipelines compile coinrun $(ARGS)
+
+clean:  ## remove what was built, but not what was collected and trained
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+clean-all: clean  ## remove everything that make made: data sets, models, runs and .venv
+	rm -rf .genie .venv
