@@ -48,7 +48,9 @@ def load_weights(module: nn.Module, uri: str) -> None:
     except (SafetensorError, struct.error) as error:
         raise ValueError(f"the weights at {uri} are broken ({error}): restore or retrain them") from None
     except RuntimeError as error:
-        raise ValueError(f"the weights at {uri} do not fit their config: {str(error).splitlines()[-1].strip()}") from None
+        raise ValueError(
+            f"the weights at {uri} do not fit their config: {str(error).splitlines()[-1].strip()}"
+        ) from None
 
 
 class TrainingState:
@@ -93,7 +95,7 @@ class TrainingState:
 
 
 def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     return {
         f"{names[parameter]}|{key}": value
         for parameter, state in optimizer.state.items()
@@ -104,11 +106,9 @@ def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> d
 def _fill_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     states: dict[str, dict[str, Any]] = {}
     for name, value in tensors.items():
-        parameter, _, key = name.rpartition("|")
-        states.setdefault(parameter, {})[key] = value
-    for name, parameter in module.named_parameters():
-        if name in states:
-            optimizer.state[parameter] = states[name]
+        owner, _, key = name.rpartition("|")
+        states.setdefault(owner, {})[key] = value
+    optimizer.state.update({p: states[name] for name, p in module.named_parameters() if name in states})
 
 
 def _write_tensors(uri: str, tensors: dict[str, Tensor]) -> None:

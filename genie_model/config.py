@@ -92,7 +92,7 @@ class SamplingConfig(ConfigNode):
 
     maskgit_steps: int = Field(25, ge=1)
     temperature: float = Field(1.0, ge=0, description="of the token distribution; 0 takes the most likely token")
-    order_noise: float = Field(4.5, ge=0, description="Gumbel noise on the order in which tokens are kept; anneals to 0")
+    order_noise: float = Field(4.5, ge=0, description="Gumbel noise on which tokens are kept first; anneals to 0")
 
 
 class OptimizerConfig(ConfigNode):
@@ -157,9 +157,8 @@ class Config(ConfigNode):
             if self.data.frame_size % patch:
                 raise ValueError(f"{part}.patch_size={patch} does not divide data.frame_size={self.data.frame_size}")
         if self.evaluation.prompt_frames + self.evaluation.horizon > self.data.clip_length:
-            raise ValueError(
-                f"evaluation.prompt_frames + evaluation.horizon must be at most data.clip_length={self.data.clip_length}"
-            )
+            limit = f"data.clip_length={self.data.clip_length}"
+            raise ValueError(f"evaluation.prompt_frames + evaluation.horizon must be at most {limit}")
         if self.dynamics.mask_rate_min > self.dynamics.mask_rate_max:
             raise ValueError("dynamics.mask_rate_min is above dynamics.mask_rate_max")
         return self

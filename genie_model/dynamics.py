@@ -14,11 +14,19 @@ class DynamicsModel(nn.Module):
     """Predicts the masked tokens of frame t from all earlier frames, the frame's own known tokens, and action t-1.
 
     Actions are added to every token of the frame they lead to, not concatenated (section 2.1). The first frame has
-    none. A patch with C codes is one position of the transformer: its codes' embeddings are summed, and C heads read it.
+    none. A patch with C codes is one position of the transformer: their embeddings are summed, and C heads read it.
     """
 
+    slot_C: Tensor
+
     def __init__(
-        self, config: DynamicsConfig, num_codes: int, codes_per_patch: int, num_patches: int, action_dim: int, window: int
+        self,
+        config: DynamicsConfig,
+        num_codes: int,
+        codes_per_patch: int,
+        num_patches: int,
+        action_dim: int,
+        window: int,
     ) -> None:
         super().__init__()
         self.config, self.num_codes, self.codes_per_patch = config, num_codes, codes_per_patch
@@ -60,8 +68,10 @@ class DynamicsModel(nn.Module):
         """Codes, `mask_token` where unknown, and the latents of the actions that led to each frame -> (B, T, N, D)."""
         tokens_BTND = self.token_in(codes_BTNC + self.slot_C).sum(-2) + self.position
         action_BTD = self.action_in(actions_BTL)  # under autocast in bfloat16, and so then is the residual stream
-        return self.transformer(tokens_BTND.to(action_BTD.dtype) + action_BTD[:, :, None], cache, commit)
+        hidden_BTND: Tensor = self.transformer(tokens_BTND.to(action_BTD.dtype) + action_BTD[:, :, None], cache, commit)
+        return hidden_BTND
 
     def logits(self, hidden_BTND: Tensor) -> Tensor:
         """(..., D) -> (..., C, V)."""
-        return self.logits_out(hidden_BTND).unflatten(-1, (self.codes_per_patch, self.num_codes))
+        logits: Tensor = self.logits_out(hidden_BTND)
+        return logits.reshape(*logits.shape[:-1], self.codes_per_patch, self.num_codes)

@@ -48,5 +48,3 @@ def remove_tree(uri: str) -> None:
     fs, path = url_to_fs(uri)
     if fs.exists(path):
         fs.rm(path, recursive=True)
-
-

@@ -57,6 +57,12 @@ class Genie(nn.Module):
             window=window,
         )
 
+    def train(self, mode: bool = True) -> Genie:
+        """The tokenizer stays in evaluation mode: it is frozen here, its moving codebook too."""
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
     def forward(self, x_BTHWC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Co-training (section 2.1): LAM and dynamics in one step, the tokenizer frozen. Clips in [0, 1]."""
         with torch.no_grad():
@@ -71,7 +77,9 @@ class Genie(nn.Module):
     def start(self, frames_BTHWC: Tensor, seed: int = 0) -> PlayState:
         """Enters the world of a prompt: T >= 1 uint8 frames. The actions between several are inferred by the LAM."""
         codes_BTNC = self.tokenizer.encode(_to_unit(frames_BTHWC))
-        actions_BTL = torch.zeros(*frames_BTHWC.shape[:2], self.config.lam.codebook.latent_dim, device=codes_BTNC.device)
+        actions_BTL = torch.zeros(
+            *frames_BTHWC.shape[:2], self.config.lam.codebook.latent_dim, device=codes_BTNC.device
+        )
         if frames_BTHWC.shape[1] > 1:
             actions_BTL[:, 1:] = self.lam.quantizer.embed(self.infer_actions(frames_BTHWC))
         state = PlayState(seed, 0, frames_BTHWC[:, -1], TemporalCache(), TemporalCache())

@@ -78,7 +78,8 @@ class Attention(nn.Module):
         scores = (q * self.head_dim**-0.5) @ k.transpose(-1, -2)
         if bias is not None:
             scores = scores + bias.to(scores.dtype)
-        return scores.softmax(-1).to(v.dtype) @ v
+        weights: Tensor = scores.softmax(-1).to(v.dtype)
+        return weights @ v
 
 
 class SpatialAttention(Attention):
@@ -88,7 +89,8 @@ class SpatialAttention(Attention):
         qk, v = self.queries_keys_values(x_BTND)
         q, k = rearrange(qk, "b t n two h k -> two (b t) h n k")
         o = self.attend(q, k, rearrange(v, "b t n h k -> (b t) h n k"), bias=None)
-        return self.out(rearrange(o, "(b t) h n k -> b t n (h k)", b=x_BTND.shape[0]))
+        merged: Tensor = self.out(rearrange(o, "(b t) h n k -> b t n (h k)", b=x_BTND.shape[0]))
+        return merged
 
 
 class TemporalAttention(Attention):
@@ -99,7 +101,7 @@ class TemporalAttention(Attention):
         self.window = window
 
     def forward(self, x_BTND: Tensor, cache: TemporalCache | None, layer: int, commit: bool) -> Tensor:
-        B, T, _, _ = x_BTND.shape
+        T = x_BTND.shape[1]
         start = cache.position if cache else 0
         qk, v = self.queries_keys_values(x_BTND)
         q, k = self._rotate(rearrange(qk, "b t n two h k -> two b n h t k"), start)
@@ -114,7 +116,8 @@ class TemporalAttention(Attention):
                 kept = self.window - 1
                 cache.layers[layer] = (k[..., max(past + T - kept, 0) :, :], v[..., max(past + T - kept, 0) :, :])
         o = self.attend(q, k, v, self._bias(T, past, x_BTND.device))
-        return self.out(rearrange(o, "b n h t k -> b t n (h k)"))
+        merged: Tensor = self.out(rearrange(o, "b n h t k -> b t n (h k)"))
+        return merged
 
     def _rotate(self, x_2BNHTK: Tensor, start: int) -> Tensor:
         positions = torch.arange(start, start + x_2BNHTK.shape[-2], device=x_2BNHTK.device)
@@ -138,7 +141,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.mlp_ratio * config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(self.norm(x))))
+        y: Tensor = self.down(F.gelu(self.up(self.norm(x))))
+        return y
 
 
 class STTransformer(nn.Module):
@@ -164,6 +168,7 @@ class STTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=self.config.d_model**-0.5)
         for sublayer in self.sublayers:
             last = sublayer.down if isinstance(sublayer, FeedForward) else sublayer.out
+            assert isinstance(last, nn.Linear)
             last.weight.data *= (2 * self.config.num_layers) ** -0.5
 
     def forward(self, x_BTND: Tensor, cache: TemporalCache | None = None, commit: bool = False) -> Tensor:
@@ -175,7 +180,8 @@ class STTransformer(nn.Module):
                 x_BTND = x_BTND + sublayer(x_BTND)
         if cache is not None and commit:
             cache.position += x_BTND.shape[1]
-        return self.norm(x_BTND)
+        y_BTND: Tensor = self.norm(x_BTND)
+        return y_BTND
 
 
 def patchify(x_BTHWC: Tensor, patch: int) -> Tensor:

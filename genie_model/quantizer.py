@@ -41,9 +41,12 @@ class VectorQuantizer(nn.Module):
         """int64 (...) -> (..., L)."""
         return F.embedding(codes, self.codebook)
 
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
     def forward(self, latents: Tensor) -> Quantized:
+        """Distances and moving averages are float32 also under autocast: near codes differ in bits bfloat16 drops."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self._quantize(latents)
+
+    def _quantize(self, latents: Tensor) -> Quantized:
         flat_ML = F.normalize(latents.float().flatten(0, -2), dim=-1)
         codes_M = (flat_ML.detach() @ self.codebook.T).argmax(-1)
         one_hot_MV = F.one_hot(codes_M, self.config.num_codes).float()

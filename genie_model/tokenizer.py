@@ -53,7 +53,8 @@ class VideoTokenizer(nn.Module):
     def _encode(self, x_BTHWC: Tensor) -> Tensor:
         patches = patchify(x_BTHWC, self.config.patch_size)
         h_BTND = self.encoder(self.patch_in(patches) + self.encoder_position.to(patches.dtype))
-        return self.to_latent(h_BTND).unflatten(-1, (self.config.codes_per_patch, -1))
+        latents: Tensor = self.to_latent(h_BTND)
+        return latents.reshape(*latents.shape[:-1], self.config.codes_per_patch, -1)
 
     def _decode(self, latents_BTNCL: Tensor, cache: TemporalCache | None = None) -> Tensor:
         h_BTND = self.from_latent(latents_BTNCL.flatten(-2))

@@ -96,9 +96,7 @@ def fit(
     start = state.restore(module, optimizer)
     frames_per_step = stage.batch_size * loader.clip_length
     began, logs = time.monotonic(), dict[str, float]()
-    with bar(
-        desc=desc, unit="frame", total=stage.steps * frames_per_step, initial=start * frames_per_step
-    ) as progress:
+    with bar(desc=desc, unit="frame", total=stage.steps * frames_per_step, initial=start * frames_per_step) as progress:
         for step, batch in loader.stream(start, stage.steps):
             on_step(step)
             torch.manual_seed(seed * 1_000_003 + step)
@@ -114,7 +112,7 @@ def fit(
             done = step + 1
             if done % stage.log_every == 0 or done == stage.steps:
                 logs = {key: float(value) for key, value in tensors.items()}
-                logs |= {"loss": float(loss), "gradient_norm": float(gradient_norm)}
+                logs |= {"loss": float(loss.detach()), "gradient_norm": float(gradient_norm)}
                 _check_finite(logs["loss"], step)
                 rate = (done - start) * frames_per_step / (time.monotonic() - began)
                 log.metrics(logs | {"frames_per_second": rate}, done)

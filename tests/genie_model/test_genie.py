@@ -1,0 +1,107 @@
+"""Play: cached equals uncached, chance comes from the seed alone, and bad actions are refused."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from genie_model.genie import Genie
+from genie_model.maskgit import sample_frame
+from genie_model.presets import get_preset
+
+CONFIG = get_preset("tiny").with_overrides("sampling.maskgit_steps=3")
+
+
+@pytest.fixture(scope="module")
+def genie() -> Genie:
+    torch.manual_seed(0)
+    return Genie(CONFIG).eval()
+
+
+@pytest.fixture
+def frames() -> Tensor:
+    return torch.randint(0, 256, (2, 3, 64, 64, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def play(genie: Genie, frames: Tensor, actions: list[list[int]], seed: int = 0) -> Tensor:
+    state = genie.start(frames, seed)
+    return torch.stack([genie.step(state, torch.tensor(a)) for a in actions])
+
+
+def test_a_world_is_a_function_of_prompt_actions_and_seed(genie: Genie, frames: Tensor) -> None:
+    actions = [[0, 1], [2, 3], [1, 1]]
+    assert torch.equal(play(genie, frames, actions), play(genie, frames, actions))
+    assert not torch.equal(play(genie, frames, actions), play(genie, frames, actions, seed=1))
+    assert not torch.equal(play(genie, frames, actions)[-1], play(genie, frames, [[3, 0], [0, 2], [2, 3]])[-1])
+
+
+def test_the_streamed_picture_equals_decoding_the_whole_clip(genie: Genie, frames: Tensor) -> None:
+    """Frames that play decoded one by one are those of one uncached pass over all tokens."""
+    codes: list[Tensor] = []
+    decode = genie.tokenizer.decode
+    genie.tokenizer.decode = lambda c, cache=None: (codes.append(c), decode(c, cache))[1]  # type: ignore[method-assign]
+    try:
+        played = play(genie, frames, [[0, 1], [2, 3], [1, 1]])
+    finally:
+        del genie.tokenizer.decode
+    with torch.inference_mode():
+        whole = (genie.tokenizer.decode(torch.cat(codes, 1)) * 255).round()
+    assert (played.transpose(0, 1).float() - whole[:, 3:]).abs().max() <= 1  # rounding
+
+
+def test_the_sampler_reads_the_same_logits_with_and_without_a_cache(genie: Genie, frames: Tensor) -> None:
+    with torch.inference_mode():
+        codes = genie.tokenizer.encode(frames.float() / 255)
+        actions = torch.randn(2, 3, 32)
+        state = genie.start(frames)
+        cached = genie.dynamics.hidden(codes[:, :1], actions[:, 2:], state.dynamics)
+        inferred = torch.nn.functional.pad(genie.lam.quantizer.embed(genie.infer_actions(frames)), (0, 0, 1, 0))
+        whole = genie.dynamics.hidden(torch.cat([codes, codes[:, :1]], 1), torch.cat([inferred, actions[:, 2:]], 1))
+    torch.testing.assert_close(cached, whole[:, 3:], atol=1e-5, rtol=1e-4)
+
+
+def test_play_continues_past_the_trained_clip_with_a_constant_past(genie: Genie, frames: Tensor) -> None:
+    state = genie.start(frames[:, :1])
+    for _ in range(CONFIG.data.clip_length + 3):
+        frame = genie.step(state, torch.tensor([0, 1]))
+    assert frame.shape == (2, 64, 64, 3)
+    assert frame.dtype == torch.uint8
+    assert all(k.shape[-2] == CONFIG.data.clip_length - 1 for k, _ in state.dynamics.layers.values())
+    assert state.t == CONFIG.data.clip_length + 4
+
+
+def test_a_fork_leaves_the_world_alone(genie: Genie, frames: Tensor) -> None:
+    state = genie.start(frames)
+    genie.step(state.fork(), torch.tensor([3, 3]))
+    genie.step(state.repeat(2), torch.tensor([0, 1, 2, 3]))
+    assert torch.equal(genie.step(state, torch.tensor([1, 2])), play(genie, frames, [[1, 2]])[0])
+
+
+@pytest.mark.parametrize("action", [-1, CONFIG.num_actions])
+def test_an_action_out_of_range_is_refused(genie: Genie, frames: Tensor, action: int) -> None:
+    with pytest.raises(ValueError, match=r"actions must be in 0\.\.3"):
+        genie.step(genie.start(frames), torch.tensor([0, action]))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_the_sampler_fills_every_token_in_any_number_of_steps(genie: Genie, frames: Tensor, steps: int) -> None:
+    state = genie.start(frames)
+    with torch.inference_mode():
+        sampling = CONFIG.sampling.model_copy(update={"maskgit_steps": steps})
+        codes = sample_frame(
+            genie.dynamics, sampling, state.dynamics, torch.zeros(2, 32), 16, torch.Generator().manual_seed(0)
+        )
+    assert codes.shape == (2, 1, 16, CONFIG.tokenizer.codes_per_patch)
+    assert 0 <= int(codes.min()) <= int(codes.max()) < CONFIG.tokenizer.codebook.num_codes
+
+
+def test_temperature_zero_is_certain(genie: Genie, frames: Tensor) -> None:
+    state = genie.start(frames)
+    sampling = CONFIG.sampling.model_copy(update={"temperature": 0.0, "order_noise": 0.0})
+    with torch.inference_mode():
+        draws = [
+            sample_frame(
+                genie.dynamics, sampling, state.dynamics, torch.zeros(2, 32), 16, torch.Generator().manual_seed(s)
+            )
+            for s in (0, 1)
+        ]
+    assert torch.equal(*draws)

@@ -1,0 +1,68 @@
+"""The ST-transformer: time is causal, and the past may be kept instead of computed again."""
+
+import pytest
+import torch
+
+from genie_model.config import TransformerConfig
+from genie_model.layers import STTransformer, TemporalCache, patchify, unpatchify
+
+CONFIG = TransformerConfig(num_layers=5, d_model=16, num_heads=2, head_dim=6)  # odd: ends on a lone spatial layer
+WINDOW = 4
+
+
+@pytest.fixture
+def model() -> STTransformer:
+    torch.manual_seed(0)
+    return STTransformer(CONFIG, WINDOW)
+
+
+def frames(T: int) -> torch.Tensor:
+    return torch.randn(2, T, 3, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_future_changes_nothing_before_it(model: STTransformer) -> None:
+    x = frames(WINDOW)
+    changed = x.clone()
+    changed[:, 2] = torch.randn_like(changed[:, 2])
+    before, after = model(x), model(changed)
+    torch.testing.assert_close(before[:, :2], after[:, :2])
+    assert (before[:, 2:] - after[:, 2:]).abs().amax((0, 2, 3)).gt(1e-3).all()
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 4, 7])
+def test_cached_equals_uncached_also_past_the_window(model: STTransformer, prompt: int) -> None:
+    x, cache = frames(11), TemporalCache()
+    whole = model(x)
+    parts = [model(x[:, :prompt], cache, commit=True)]
+    for t in range(prompt, 11):
+        model(torch.randn_like(x[:, :1]), cache)  # a look without commit leaves no trace
+        parts.append(model(x[:, t : t + 1], cache, commit=True))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
+    assert all(k.shape[-2] == WINDOW - 1 for k, _ in cache.layers.values())
+
+
+def test_a_fork_goes_its_own_way(model: STTransformer) -> None:
+    x, cache = frames(4), TemporalCache()
+    model(x[:, :2], cache, commit=True)
+    fork = cache.fork()
+    model(x[:, 3:], fork, commit=True)
+    torch.testing.assert_close(model(x[:, 2:3], cache), model(x[:, :3])[:, 2:], atol=1e-5, rtol=1e-5)
+    assert (cache.position, fork.position) == (2, 3)
+
+
+def test_positions_do_not_drift(model: STTransformer) -> None:
+    """Rotary time sees differences only: a session at frame 2,000 gives what it gives at frame 4."""
+    x, early, late = frames(4), TemporalCache(), TemporalCache()
+    late.position = 2_000
+    for t in range(3):
+        model(x[:, t : t + 1], early, commit=True)
+        model(x[:, t : t + 1], late, commit=True)
+    torch.testing.assert_close(model(x[:, 3:], early), model(x[:, 3:], late), atol=1e-3, rtol=1e-3)
+
+
+def test_patches_round_trip() -> None:
+    x = torch.rand(2, 3, 8, 8, 3)
+    patches = patchify(x, 4)
+    assert patches.shape == (2, 3, 4, 48)
+    assert torch.equal(unpatchify(patches, 4, 8), x)
+    assert torch.equal(patches[0, 0, 1].view(4, 4, 3), x[0, 0, :4, 4:])

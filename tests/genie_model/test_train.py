@@ -1,0 +1,195 @@
+"""The trainer: killed and resumed equals uninterrupted; finished work is reused; broken input says what to do."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from genie_model import files
+from genie_model.checkpoint import TrainingState, load_model, save_model
+from genie_model.config import Config
+from genie_model.data.coinrun import collect
+from genie_model.data.loader import ClipLoader
+from genie_model.data.store import VideoStore
+from genie_model.genie import Genie
+from genie_model.optim import learning_rate, make_optimizer
+from genie_model.presets import get_preset
+from genie_model.progress import NoLog
+from genie_model.train import fit, train_tokenizer, train_world
+
+CONFIG = get_preset("tiny")
+
+
+class Curve(NoLog):
+    """Keeps the loss of every logged step."""
+
+    def __init__(self) -> None:
+        self.loss: dict[int, float] = {}
+
+    def metrics(self, values, step=0) -> None:  # type: ignore[no-untyped-def]
+        self.loss[step] = values["loss"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return collect(CONFIG, str(tmp_path_factory.mktemp("data")))
+
+
+def run(config: Config, data_uri: str, state: TrainingState, kill_at: int | None = None) -> tuple[Genie, Curve]:
+    torch.manual_seed(0)
+    genie, curve = Genie(config), Curve()
+    genie.tokenizer.requires_grad_(False)
+    stage = config.train_world.model_copy(update={"log_every": 1})
+    loader = ClipLoader(VideoStore.open(f"{data_uri}/train"), stage.batch_size, config.data.clip_length, seed=0)
+
+    def on_step(step: int) -> None:
+        if step == kill_at:
+            raise Killed
+
+    fit(genie, stage, loader, state, desc="test", seed=0, log=curve, on_step=on_step)
+    return genie, curve
+
+
+@pytest.mark.parametrize("kill_at", [3, 6])  # before the first checkpoint, and after it
+def test_resumed_equals_uninterrupted(data_uri: str, tmp_path: Path, kill_at: int) -> None:
+    genie, curve = run(CONFIG, data_uri, TrainingState(str(tmp_path / "whole")))
+    broken = TrainingState(str(tmp_path / "broken"))
+    with pytest.raises(Killed):
+        run(CONFIG, data_uri, broken, kill_at)
+    resumed_at = broken.latest_step()
+    resumed, resumed_curve = run(CONFIG, data_uri, broken)
+    assert resumed_at == (4 if kill_at > 4 else 0)
+    assert resumed_curve.loss == {step: loss for step, loss in curve.loss.items() if step > resumed_at}
+    for name, value in genie.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_training_lowers_the_loss(data_uri: str, tmp_path: Path) -> None:
+    config = CONFIG.with_overrides("train_world.steps=40", "train_world.checkpoint_every=1000")
+    _, curve = run(config, data_uri, TrainingState(str(tmp_path)))
+    assert np.mean([curve.loss[s] for s in range(36, 41)]) < 0.8 * curve.loss[1]
+
+
+def test_both_stages_finish_are_reused_and_keep_the_tokenizer(
+    data_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path)
+    tokenizer_uri = train_tokenizer(CONFIG, data_uri, root)
+    world_uri = train_world(CONFIG, data_uri, tokenizer_uri, root)
+    before, after = load_model(tokenizer_uri).tokenizer, load_model(world_uri).tokenizer
+    for name, value in before.state_dict().items():
+        assert torch.equal(value, after.state_dict()[name]), name
+    assert not files.exists(f"{root}/training/{Path(world_uri).name}")  # a finished run leaves no checkpoints
+    capsys.readouterr()
+    monkeypatch.setattr("genie_model.train.fit", None)  # reuse trains nothing
+    assert train_world(CONFIG, data_uri, train_tokenizer(CONFIG, data_uri, root), root) == world_uri
+    assert capsys.readouterr().out.count("reused") == 2
+
+
+def test_a_tokenizer_of_another_config_is_refused(data_uri: str, tmp_path: Path) -> None:
+    tokenizer_uri = train_tokenizer(CONFIG, data_uri, str(tmp_path))
+    other = CONFIG.with_overrides("tokenizer.codebook.num_codes=8")
+    with pytest.raises(ValueError, match="another tokenizer config"):
+        train_world(other, data_uri, tokenizer_uri, str(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data_uri: str, tmp_path: Path) -> None:
+    class Broken(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return self.weight.sum() * torch.nan, {}
+
+    loader = ClipLoader(VideoStore.open(f"{data_uri}/train"), 2, 8, seed=0)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 1: lower optimizer\.max_lr"):
+        fit(Broken(2, 2), CONFIG.train_world, loader, TrainingState(str(tmp_path)), desc="t", seed=0, log=NoLog())
+
+
+def test_missing_data_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="collect"):
+        train_tokenizer(CONFIG, str(tmp_path / "nothing"), str(tmp_path))
+
+
+@pytest.mark.parametrize("root", ["memory://models", "{tmp}"])
+def test_models_round_trip(root: str, tmp_path: Path) -> None:
+    uri = root.format(tmp=tmp_path) + "/model"
+    torch.manual_seed(0)
+    genie = Genie(CONFIG)
+    save_model(uri, genie)
+    loaded = load_model(uri)
+    assert loaded.config == CONFIG
+    assert not loaded.training
+    for name, value in genie.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_broken_models_say_so(tmp_path: Path) -> None:
+    uri = str(tmp_path / "model")
+    with pytest.raises(ValueError, match="no model at"):
+        load_model(uri)
+    save_model(uri, Genie(CONFIG))
+    whole = (tmp_path / "model/model.safetensors").read_bytes()
+    (tmp_path / "model/model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="are broken"):
+        load_model(uri)
+    (tmp_path / "model/model.safetensors").write_bytes(whole)
+    (tmp_path / "model/config.json").write_text(CONFIG.with_overrides("tokenizer.codebook.num_codes=8").to_json())
+    with pytest.raises(ValueError, match="do not fit their config"):
+        load_model(uri)
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(3, 3)
+    optimizer = make_optimizer(module.parameters(), CONFIG.train_world.optimizer)
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = TrainingState(str(tmp_path))
+    state.save(4, module, optimizer)
+    old = module.weight.detach().clone()
+    optimizer.step()
+    real = files.write_atomic
+    for number in range(3):  # die at each of the files of the next checkpoint
+        left = iter(range(number))
+
+        def write(uri: str, data: bytes, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise Killed
+            real(uri, data)
+
+        monkeypatch.setattr(files, "write_atomic", write)
+        with pytest.raises(Killed):
+            state.save(8, module, optimizer)
+        other = torch.nn.Linear(3, 3)
+        assert state.restore(other, make_optimizer(other.parameters(), CONFIG.train_world.optimizer)) == 4
+        assert torch.equal(other.weight, old)
+
+
+def test_a_full_disk_is_one_clear_line_and_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "file"
+    files.write_atomic(str(target), b"old")
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="the disk is full; free some space and run again"):
+        files.write_atomic(str(target), b"new")
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    config = CONFIG.train_world.optimizer.model_copy(update={"warmup_steps": 10, "max_lr": 1.0, "min_lr": 0.1})
+    rates = [learning_rate(step, 110, config) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
