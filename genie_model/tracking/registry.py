@@ -110,7 +110,10 @@ def decide(candidate: Mapping[str, float], champion: Mapping[str, float] | None,
     if champion is None:
         return True, f"promoted: the first champion, {name} {delta:.2f} dB"
     if not _finite(champion.get(name)) or not _finite(champion.get("rollout_psnr_t1")):
-        return False, f"refused: the champion has no {name} to compare with; move the alias by hand to replace it"
+        return (
+            False,
+            f"refused: the champion has nothing to compare with, no {name}; move the alias by hand to replace it",
+        )
     difference = delta - champion[name]
     interval = math.hypot(candidate.get(f"{name}_ci95", 0.0), champion.get(f"{name}_ci95", 0.0))
     compared = f"{name} {delta:.2f} dB against the champion's {champion[name]:.2f} ({difference:+.2f} ± {interval:.2f})"

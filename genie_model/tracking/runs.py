@@ -12,6 +12,7 @@ runs itself (its MLflow plugin sets MLFLOW_RUN_ID in every pod), that run is ado
 from __future__ import annotations
 
 import getpass
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -181,7 +182,7 @@ def _open(client: MlflowClient, name: str, config: Config, root_uri: str, experi
 
 def _parent(client: MlflowClient, experiment_id: str, config: Config, root_uri: str) -> str:
     """The run of this pipeline (same config, same root) that has not ended yet, else a new one."""
-    key = f"{config.digest()}@{root_uri}"
+    key = hashlib.sha256(f"{config.digest()} {root_uri}".encode()).hexdigest()[:16]
     if unfinished := _latest(client, experiment_id, f"tags.`genie.pipeline` = '{key}' and status != 'FINISHED'"):
         return str(unfinished.info.run_id)
     name = f"{config.name}-{config.digest()[:6]}"

@@ -1,0 +1,196 @@
+"""Runs and registry on a real MLflow store (SQLite)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from genie_model.checkpoint import save_model
+from genie_model.genie import Genie
+from genie_model.presets import get_preset
+from genie_model.progress import RUNNER_VARIABLE
+from genie_model.tracking import StepRun, champion, decide, promote, register, step
+
+GOOD = {"delta_psnr_t4": 1.0, "delta_psnr_t4_ci95": 0.3, "lam_action_usage": 1.0, "rollout_psnr_t1": 20.0}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("GENIE_CACHE_DIR", str(folder / "cache"))
+        patch.delenv("MLFLOW_RUN_ID", raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def model_uri(store: Path) -> str:
+    torch.manual_seed(0)
+    save_model(str(store / "model"), Genie(get_preset("tiny")))
+    return str(store / "model")
+
+
+def children(client: MlflowClient, parent_id: str) -> dict[str, Run]:
+    experiment = client.get_run(parent_id).info.experiment_id
+    runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent_id}'")
+    return {run.info.run_name: run for run in runs}
+
+
+def test_a_pipeline_is_one_run_and_its_steps_nest_below_it(store: Path) -> None:
+    with step("first", "tiny", ["seed=1"], root_uri="here") as first:
+        first.metrics({"loss": 2.0}, step=0)
+        first.metrics({"loss": 1.0}, step=1)
+        first.image("grid", np.zeros((4, 6, 3), np.uint8))
+    with step("second", "tiny", ["seed=1"], root_uri="here", ends_pipeline=True) as second:
+        pass
+    client = first.client
+    assert first.parent_id == second.parent_id
+    assert set(children(client, first.parent_id)) == {"first", "second"}
+    run = client.get_run(first.run_id)
+    assert run.data.params["train_world.steps"] == "8"
+    assert run.data.tags["version.torch"] == torch.__version__
+    assert [metric.value for metric in client.get_metric_history(first.run_id, "loss")] == [2.0, 1.0]
+    assert [file.path for file in client.list_artifacts(first.run_id, "pictures")] == ["pictures/grid.png"]
+    assert client.get_run(first.parent_id).info.status == "FINISHED"
+    with step("first", "tiny", ["seed=1"], root_uri="here") as again:
+        pass
+    assert again.parent_id != first.parent_id, "a finished pipeline run again is a new run"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, "the runner's death"])
+def test_a_killed_step_carries_on_its_run(store: Path, how: signal.Signals | str) -> None:
+    arguments = f"'train', 'tiny', ['seed=2'], root_uri={str(how)!r}"
+    program = (
+        "import time; from genie_model.tracking import step\n"
+        f"with step({arguments}) as run:\n"
+        "    run.metrics({'loss': 3.0}, step=0); run.flush(); print(run.run_id, flush=True); time.sleep(60)"
+    )
+    runner = subprocess.Popen(["sleep", "60"])
+    environment = {**os.environ, RUNNER_VARIABLE: str(runner.pid)}
+    killed = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    assert killed.stdout is not None
+    run_id = killed.stdout.readline().strip()
+    if isinstance(how, signal.Signals):
+        killed.send_signal(how)
+    runner.kill()
+    runner.wait()
+    assert killed.wait(timeout=30) == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+
+    with step("train", "tiny", ["seed=2"], root_uri=str(how)) as run:
+        assert run.client.get_run(run.run_id).info.status == "RUNNING"
+        run.metrics({"loss": 2.0}, step=1)
+    assert run.run_id == run_id
+    assert [metric.value for metric in run.client.get_metric_history(run_id, "loss")] == [3.0, 2.0]
+
+
+def test_a_user_s_error_is_one_line(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    seen: list[StepRun] = []
+
+    def collect() -> None:
+        with step("collect", "tiny", ["seed=3"], root_uri="here") as run:
+            seen.append(run)
+            raise ValueError("no data set at here:\nrun collect")
+
+    with pytest.raises(SystemExit) as ended:
+        collect()
+    assert ended.value.code == 1
+    assert capfd.readouterr().err == "[collect] error: no data set at here: run collect\n"
+    client = seen[0].client
+    assert client.get_run(seen[0].run_id).info.status == "FAILED"
+    assert "Traceback" in Path(client.download_artifacts(seen[0].run_id, "error.txt")).read_text()
+
+
+def test_kubeflow_s_run_is_adopted(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with step("outer", "tiny", ["seed=4"], root_uri="here") as outer:
+        given = outer.client.create_run("1", tags={"mlflow.parentRunId": outer.run_id}).info.run_id
+        monkeypatch.setenv("MLFLOW_RUN_ID", given)
+        with step("inner", "tiny", ["seed=4"], root_uri="here") as inner:
+            assert (inner.run_id, inner.parent_id) == (given, outer.run_id)
+
+
+def test_logging_does_not_hold_up_training(store: Path) -> None:
+    with step("fast", "tiny", ["seed=5"], root_uri="here") as run:
+        began = time.perf_counter()
+        for i in range(1000):
+            run.metrics({"loss": 1.0, "psnr": 2.0}, step=i)
+        assert (time.perf_counter() - began) / 1000 < 1e-3
+    assert len(run.client.get_metric_history(run.run_id, "psnr")) == 1000
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reigning", "promoted", "why"),
+    [
+        (GOOD, None, True, "first champion"),
+        ({**GOOD, "delta_psnr_t4": 0.0}, None, False, "not above 0"),
+        ({**GOOD, "lam_action_usage": 0.25}, None, False, "25% of its latent actions"),
+        ({**GOOD, "delta_psnr_t4": float("nan")}, None, False, "not a number"),
+        ({}, None, False, "delta_psnr_t4, lam_action_usage, rollout_psnr_t1 missing"),
+        ({**GOOD, "delta_psnr_t4": 1.5}, GOOD, True, "better"),
+        ({**GOOD, "delta_psnr_t4": 0.5}, GOOD, False, "worse"),
+        ({**GOOD, "delta_psnr_t4": 0.7, "rollout_psnr_t1": 21.0}, GOOD, True, "draws as well or better"),
+        ({**GOOD, "delta_psnr_t4": 1.3, "rollout_psnr_t1": 19.0}, GOOD, False, "draws worse"),
+        (GOOD, {"delta_psnr_t8": 1.0}, False, "nothing to compare"),
+    ],
+)
+def test_the_promotion_rule(
+    candidate: dict[str, float], reigning: dict[str, float] | None, promoted: bool, why: str
+) -> None:
+    decision, reason = decide(candidate, reigning, get_preset("tiny"))
+    assert decision is promoted
+    assert why in reason
+    assert "\n" not in reason
+
+
+def test_registry_and_alias(store: Path, model_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="has the alias 'champion': run the pipeline"):
+        champion()
+    with step("register", "tiny", root_uri="here") as run:
+        client = run.client
+        first = register(model_uri, GOOD, run)
+        assert register(model_uri, GOOD, run) == first, "the same files are the same version"
+        assert promote(first, run).promoted
+        Path(model_uri, "note.txt").write_text("another model")
+        second = register(model_uri, {**GOOD, "delta_psnr_t4": -0.5}, run)
+        refused = promote(second, run)
+    assert (first, second) == ("1", "2")
+    assert not refused.promoted
+    assert client.get_model_version("genie", second).tags["reason"] == refused.reason
+    served = champion()
+    assert (served.version, served.run_id) == (first, run.parent_id)
+    assert Path(served.folder, "model.safetensors").read_bytes() == Path(model_uri, "model.safetensors").read_bytes()
+    assert champion() == served
+
+    client.set_registered_model_alias("genie", "champion", second)  # by hand, as in MLflow's UI
+    assert champion().version == second
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    import mlflow
+
+    loaded = mlflow.pyfunc.load_model("models:/genie@champion")
+    prompt = np.full((1, 64, 64, 3), 128, np.uint8)
+    dreamt = loaded.predict({"frames": prompt, "actions": np.array([0, 3])}, params={"seed": 7})
+    assert dreamt.shape == (2, 64, 64, 3)
+    assert dreamt.dtype == np.uint8
+    with pytest.raises(ValueError, match=r"numbers in 0\.\.3"):
+        loaded.predict({"frames": prompt, "actions": np.array([4])})
+
+
+def test_no_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ValueError, match="no MLflow server named"):
+        champion()
+    with pytest.raises(ValueError, match=r"no MLflow server answers at http://127\.0\.0\.1:9"):
+        champion(tracking_uri="http://127.0.0.1:9")

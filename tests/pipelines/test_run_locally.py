@@ -1,0 +1,58 @@
+"""The whole way at its smallest, with kfp.local and a real MLflow store."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+STEPS = {"collect", "train-tokenizer", "train-world", "evaluate", "register", "promote"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipeline")
+
+
+def run(folder: Path) -> str:
+    # A tiny model has learnt nothing; here it may be promoted all the same.
+    lenient = ["--set", "promotion.min_delta_psnr=-100", "--set", "promotion.min_action_usage=0"]
+    command = [sys.executable, "-m", "pipelines", "run", "coinrun", "--preset", "tiny", *lenient, "--state", "state"]
+    command += ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_from_video_to_champion_and_again_from_the_cache(folder: Path) -> None:
+    screen = run(folder)
+    assert all(f"[{step}] done in" in screen for step in STEPS)
+    assert "KFP Executor" not in screen
+    assert "executorInput" not in screen
+    assert '"outputs"' not in screen
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("genie")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    steps = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    assert set(steps) == STEPS
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(client.get_metric_history(steps["train-world"].info.run_id, "loss")) >= 4
+    assert len(steps["evaluate"].data.tags["dataset.eval.digest"]) >= 32
+    assert steps["collect"].data.tags["dataset.train.digest"] == steps["train-world"].data.tags["dataset.train.digest"]
+    assert client.list_artifacts(steps["evaluate"].info.run_id, "pictures")
+    assert "delta_psnr_t4" in parent.data.metrics
+
+    champion = client.get_model_version_by_alias("genie", "champion")
+    assert champion.run_id == parent.info.run_id
+    (page,) = folder.glob("state/kfp/outputs/*/evaluate/pictures")
+    assert page.read_text().count("data:image/png;base64,") >= 2
+
+    again = run(folder)
+    assert all(f"[{step}] is finished: reused from KFP's cache" in again for step in STEPS)
+    assert len(client.search_runs([experiment.experiment_id])) == len(runs)

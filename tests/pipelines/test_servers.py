@@ -1,0 +1,50 @@
+"""The demo's servers: real processes, killed for real."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipelines.local import locked
+from pipelines.servers import free_port, mlflow_server
+
+HOLD = "import sys, time; from pathlib import Path; from pipelines.servers import mlflow_server\n"
+HOLD += "with mlflow_server(Path(sys.argv[1]), 5600) as url: print(url, flush=True); time.sleep(120)"
+
+
+def test_a_server_left_by_a_killed_run_is_taken_over_and_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    while not (line := holder.stdout.readline()).startswith("http"):
+        assert line, "the server did not start"
+    pid = json.loads((tmp_path / "mlflow" / "server.json").read_text())["pid"]
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert psutil.pid_exists(pid)
+    with mlflow_server(tmp_path, 5600) as url:
+        assert url == line.strip()
+        assert "MLflow still runs" in capsys.readouterr().out
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_port_in_use_is_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        assert free_port(taken, "MLflow") > taken
+    assert f"port {taken} is in use by another program" in capsys.readouterr().out
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ValueError, match="another run works in"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
