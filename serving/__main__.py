@@ -41,9 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ValueError, saying what to do, when the address cannot be had."""
+    # asyncio turns Nagle's delay off (40 ms a frame) only on sockets that name their protocol
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen()
+        return listener
     except OSError as error:
+        listener.close()
         if error.errno == errno.EADDRINUSE:
             raise ValueError(f"port {port} on {host} is in use: stop what uses it or choose another --port") from None
         raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}") from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from pathlib import Path
 
 import pytest
 
-from serving.__main__ import main
+from serving.__main__ import bind, main
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -24,6 +25,23 @@ def test_a_port_in_use(model_folder: Path, capsys: pytest.CaptureFixture[str]) -
         line = refused(["--port", port, "--model-uri", str(model_folder)], capsys)
     assert f"port {port}" in line
     assert "--port" in line
+
+
+def test_frames_leave_without_delay() -> None:
+    async def accepted_nodelay(listener: socket.socket) -> int:
+        seen: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            seen.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(connected, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            nodelay = await seen
+            writer.close()
+        return nodelay
+
+    assert asyncio.run(accepted_nodelay(bind("127.0.0.1", 0)))
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
