@@ -126,6 +126,7 @@ class EvaluationConfig(ConfigNode):
     horizon: int = Field(4, ge=1, description="t of delta-t PSNR; the paper reports t = 4")
     grid_prompts: int = Field(4, ge=1, description="rows of the action grid (Figure 17)")
     grid_repeats: int = Field(5, ge=1, description="times each latent action is taken in the grid")
+    probe_steps: int = Field(300, ge=1, description="training steps of the supervised bound on telling direction")
 
 
 class PromotionConfig(ConfigNode):

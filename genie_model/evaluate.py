@@ -211,7 +211,7 @@ def _measure_latent_actions(
     dy_N = np.concatenate([np.diff(episode.y_T[start : start + length]) for episode, start in windows])
     levels_N = np.repeat([episode.level for episode, _ in windows], length - 1)
     found.update(metrics.latents_beside_truth(latents_N, actions_N, dx_N, dy_N, levels_N, config.num_actions))
-    found["direction_supervised_bound"] = _direction_bound(held_out, config.seed)
+    found["direction_supervised_bound"] = _direction_bound(held_out, config)
 
     directions_N = metrics.coinrun_direction(actions_N)
     table_AC = metrics.contingency_table(latents_N, directions_N, config.num_actions, len(metrics.DIRECTIONS))
@@ -219,7 +219,7 @@ def _measure_latent_actions(
     drawn["actions_beside_truth"] = pictures.share_table(table_AC, rows, metrics.DIRECTIONS)
 
 
-def _direction_bound(held_out: HeldOut, seed: int) -> Estimate:
+def _direction_bound(held_out: HeldOut, config: Config) -> Estimate:
     """Every transition that has a frame before it, told by a supervised net."""
     episodes = [episode for episode in held_out.episodes if len(episode.frames_THWC) > 2]
     starts = np.cumsum([0, *[len(episode.frames_THWC) for episode in episodes]])
@@ -230,7 +230,8 @@ def _direction_bound(held_out: HeldOut, seed: int) -> Estimate:
         ),
         np.concatenate([metrics.coinrun_direction(episode.action_T[1:]) for episode in episodes]),
         np.repeat([episode.level for episode in episodes], [len(e.frames_THWC) - 2 for e in episodes]),
-        seed=seed,
+        steps=config.evaluation.probe_steps,
+        seed=config.seed,
     )
 
 
