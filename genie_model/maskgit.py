@@ -48,5 +48,6 @@ def sample_frame(
 
 
 def _gumbel(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    uniform = torch.rand(shape, generator=generator).to(device)
-    return -(-(uniform + 1e-10).log() + 1e-10).log()
+    """One draw for all worlds of a batch: what a world becomes does not hang on what is batched beside it."""
+    uniform = torch.rand(shape[1:], generator=generator).to(device)
+    return -(-(uniform + 1e-10).log() + 1e-10).log().expand(shape)

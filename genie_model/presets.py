@@ -28,12 +28,8 @@ def _coinrun() -> Config:
         tokenizer=TokenizerConfig(
             patch_size=4, encoder=eight_layers, decoder=eight_layers, codebook=CodebookConfig(num_codes=1024)
         ),
-        lam=LAMConfig(
-            patch_size=16, encoder=eight_layers, decoder=eight_layers, codebook=CodebookConfig(num_codes=6)
-        ),
-        dynamics=DynamicsConfig(
-            transformer=TransformerConfig(num_layers=12, d_model=512, num_heads=8, head_dim=64)
-        ),
+        lam=LAMConfig(patch_size=16, encoder=eight_layers, decoder=eight_layers, codebook=CodebookConfig(num_codes=6)),
+        dynamics=DynamicsConfig(transformer=TransformerConfig(num_layers=12, d_model=512, num_heads=8, head_dim=64)),
         sampling=SamplingConfig(maskgit_steps=25, temperature=1.0),
         train_tokenizer=StageConfig(steps=300_000, batch_size=48, optimizer=table_8, checkpoint_every=5_000),
         train_world=StageConfig(steps=200_000, batch_size=36, optimizer=table_9, checkpoint_every=5_000),
@@ -66,7 +62,12 @@ def _tiny() -> Config:
     return Config(
         name="tiny",
         data=DataConfig(
-            clip_length=8, train_levels=8, eval_levels=4, steps_per_level=24, eval_steps_per_level=24, levels_per_shard=4
+            clip_length=8,
+            train_levels=8,
+            eval_levels=4,
+            steps_per_level=24,
+            eval_steps_per_level=24,
+            levels_per_shard=4,
         ),
         tokenizer=TokenizerConfig(
             patch_size=16, codes_per_patch=2, encoder=tiny, decoder=tiny, codebook=CodebookConfig(num_codes=16)

@@ -76,6 +76,12 @@ def test_a_fork_leaves_the_world_alone(genie: Genie, frames: Tensor) -> None:
     assert torch.equal(genie.step(state, torch.tensor([1, 2])), play(genie, frames, [[1, 2]])[0])
 
 
+def test_a_preview_is_what_pressing_the_key_then_does(genie: Genie, frames: Tensor) -> None:
+    state = genie.start(frames[:1])
+    previews = genie.step(state.repeat(4), torch.arange(4))
+    assert torch.equal(genie.step(state, torch.tensor([2])), previews[2:3])
+
+
 @pytest.mark.parametrize("action", [-1, CONFIG.num_actions])
 def test_an_action_out_of_range_is_refused(genie: Genie, frames: Tensor, action: int) -> None:
     with pytest.raises(ValueError, match=r"actions must be in 0\.\.3"):
