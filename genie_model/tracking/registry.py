@@ -141,7 +141,8 @@ def promote(version: str, run: StepRun, name: str = "genie", alias: str = "champ
         client.update_model_version(name, version, description=reason)
         if promoted:
             client.set_registered_model_alias(name, alias, version)
-    client.set_tag(run.parent_id, "genie.decision", decision.reason)
+    note = client.get_run(run.parent_id).data.tags.get("mlflow.note.content", "").partition("\n\n")[0]
+    client.set_tag(run.parent_id, "mlflow.note.content", f"{note}\n\n{name} version {version}: {decision.reason}.")
     served = version if decision.promoted else current.version if current is not None else "none"
     summary("promote", f"{name} version {version} {decision.reason}; {alias}: {served}")
     return decision

@@ -45,6 +45,11 @@ from genie_model.progress import RUNNER_VARIABLE
 _FLUSH_SECONDS = 5.0
 _BATCH = 1000  # MLflow's limit on metrics in one request
 _PARAM_BATCH = 100  # and on params
+_EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # MLflow's UI opens on runs and curves, not on LLM traces
+    "mlflow.note.content": "A run is a pipeline run; its steps are nested below it. Pictures are artifacts of "
+    "`evaluate`, curves in `train-tokenizer` and `train-world`.",
+}
 _LIBRARIES = ("genie-platform", "torch", "numpy", "kfp", "mlflow", "procgen-mirror")
 
 
@@ -170,7 +175,7 @@ def _open(client: MlflowClient, name: str, config: Config, root_uri: str, experi
             client.set_tag(run_id, key, value)
     else:
         found = client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+        experiment_id = found.experiment_id if found else client.create_experiment(experiment, tags=_EXPERIMENT_TAGS)
         parent_id = _parent(client, experiment_id, config, root_uri)
         run_id = _child(client, experiment_id, parent_id, name)
     for started in (parent_id, run_id):
@@ -186,7 +191,7 @@ def _parent(client: MlflowClient, experiment_id: str, config: Config, root_uri: 
     if unfinished := _latest(client, experiment_id, f"tags.`genie.pipeline` = '{key}' and status != 'FINISHED'"):
         return str(unfinished.info.run_id)
     name = f"{config.name}-{config.digest()[:6]}"
-    note = f"Pipeline run of preset **{config.name}** under `{root_uri}`. Its steps are the runs nested below it."
+    note = f"Pipeline run of preset **{config.name}** under `{root_uri}`. Its steps are the child runs."
     tags = {"genie.pipeline": key, "mlflow.note.content": note, **_provenance()}
     parent = client.create_run(experiment_id, tags=tags, run_name=name)
     StepRun(client, config, parent.info.run_id, parent.info.run_id).params(config.flat())
