@@ -182,11 +182,12 @@ def _measure_rollouts(
 
     delta_BT = metrics.delta_psnr(truth_BTHWC, inferred_BTHWC, random_BTHWC)
     found[f"delta_psnr_t{horizon}"] = _over_levels(delta_BT[:, -1], levels_B)
-    rollout_BT, copy_BT = metrics.psnr(truth_BTHWC, inferred_BTHWC), metrics.psnr(truth_BTHWC, copy_BTHWC)
     for t in sorted({1, horizon}):
-        found[f"rollout_psnr_t{t}"] = _over_levels(rollout_BT[:, t - 1], levels_B)
-        found[f"copy_psnr_t{t}"] = _over_levels(copy_BT[:, t - 1], levels_B)
-        found[f"rollout_over_copy_t{t}"] = _over_levels((rollout_BT - copy_BT)[:, t - 1], levels_B)
+        rollout_B = metrics.mean_squared_error(truth_BTHWC, inferred_BTHWC)[:, t - 1]
+        copy_B = metrics.mean_squared_error(truth_BTHWC, copy_BTHWC)[:, t - 1]
+        found[f"rollout_psnr_t{t}"] = metrics.pooled_psnr(rollout_B, levels_B)
+        found[f"copy_psnr_t{t}"] = metrics.pooled_psnr(copy_B, levels_B)
+        found[f"rollout_over_copy_t{t}"] = metrics.pooled_psnr_gain(rollout_B, copy_B, levels_B)
 
     dreamt_BTHWC = np.concatenate([prompt_BTHWC, inferred_BTHWC], axis=1)
     frozen_BTHWC = np.concatenate([prompt_BTHWC, copy_BTHWC], axis=1)
@@ -195,7 +196,8 @@ def _measure_rollouts(
     found[f"{fvd}_copy"] = metrics.frechet_video_distance(real_BTHWC, frozen_BTHWC, _FEATURES)
 
     imagined_BTHWC = np.concatenate([prompt_BTHWC, random_BTHWC], axis=1)
-    drawn["rollout"] = pictures.rollout_strip(real_BTHWC[:2], dreamt_BTHWC[:2], imagined_BTHWC[:2], prompt)
+    shown = np.argsort(-metrics.mean_squared_error(truth_BTHWC[:, -1], copy_BTHWC[:, -1]))[:2]  # where most moves
+    drawn["rollout"] = pictures.rollout_strip(real_BTHWC[shown], dreamt_BTHWC[shown], imagined_BTHWC[shown], prompt)
 
 
 def _measure_latent_actions(
@@ -215,7 +217,7 @@ def _measure_latent_actions(
 
     directions_N = metrics.coinrun_direction(actions_N)
     table_AC = metrics.contingency_table(latents_N, directions_N, config.num_actions, len(metrics.DIRECTIONS))
-    rows = [f"action {action + 1}" for action in range(config.num_actions)]
+    rows = [f"action {a + 1} ({share:.0%} of all)" for a, share in enumerate(table_AC.sum(axis=1) / table_AC.sum())]
     drawn["actions_beside_truth"] = pictures.share_table(table_AC, rows, metrics.DIRECTIONS)
 
 

@@ -94,6 +94,24 @@ def psnr(truth: ArrayLike, prediction: ArrayLike) -> Floats:
     return np.asarray(-10 * np.log10(np.maximum(mean_squared_error(truth, prediction), 10 ** (-MAX_PSNR / 10))))
 
 
+def pooled_psnr(errors_N: ArrayLike, levels_N: ArrayLike) -> Estimate:
+    """PSNR in dB of the mean of squared errors, with its interval over levels.
+
+    Where nothing moves, a copy is exact: the mean of PSNRs would then say how many clips stand still. This does not.
+    """
+    return pooled_psnr_gain(errors_N, np.ones(np.shape(errors_N)), levels_N)
+
+
+def pooled_psnr_gain(errors_N: ArrayLike, baseline_N: ArrayLike, levels_N: ArrayLike) -> Estimate:
+    """By how many dB the pooled PSNR is above that of a baseline's squared errors on the same samples."""
+    pairs_N2 = np.stack([np.asarray(errors_N, np.float64), np.asarray(baseline_N, np.float64)], -1)
+    floor = 10 ** (-MAX_PSNR / 10) * len(pairs_N2)
+    return bootstrap(
+        _sum_by_level(pairs_N2, levels_N),
+        lambda total: float(10 * np.log10(max(total[1], floor) / max(total[0], floor))),
+    )
+
+
 def delta_psnr(truth: ArrayLike, inferred: ArrayLike, random: ArrayLike) -> Floats:
     """Controllability (section 3): how much closer to the truth the inferred actions lead than random ones, in dB."""
     return np.asarray(psnr(truth, inferred) - psnr(truth, random))

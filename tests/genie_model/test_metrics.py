@@ -25,6 +25,14 @@ def test_psnr_known_values():
     np.testing.assert_array_equal(metrics.psnr(grey, grey), [metrics.MAX_PSNR] * 2)
 
 
+def test_pooled_psnr_is_of_the_mean_error_and_does_not_count_still_clips():
+    copy, dreamt, levels = [0.0, 0.02], [0.001, 0.001], [0, 1]  # a copy is exact where nothing moves
+    assert metrics.pooled_psnr(copy, levels).value == pytest.approx(20)
+    assert metrics.pooled_psnr(dreamt, levels) == pytest.approx((30, 0))
+    assert metrics.pooled_psnr_gain(dreamt, copy, levels).value == pytest.approx(10)
+    assert metrics.pooled_psnr([0.0, 0.0], levels).value == metrics.MAX_PSNR
+
+
 def test_delta_psnr_is_zero_when_actions_are_ignored_and_positive_when_they_help(rng):
     truth = rng.integers(0, 256, (3, 4, 8, 8, 3), dtype=np.uint8)
     ignored = rng.integers(0, 256, truth.shape, dtype=np.uint8)
