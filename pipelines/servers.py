@@ -135,5 +135,6 @@ def _stop(pid: int) -> None:
         os.killpg(pid, signal.SIGTERM)
     except (psutil.NoSuchProcess, ProcessLookupError):
         return
-    for late in psutil.wait_procs(family, timeout=10)[1]:
+    for late in psutil.wait_procs(family, timeout=15)[1]:
         late.kill()
+    psutil.wait_procs(family, timeout=5)
