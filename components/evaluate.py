@@ -16,6 +16,7 @@ def evaluate(
     pictures: dsl.Output[dsl.HTML],
 ) -> dict:
     """Measures the model on levels it never saw. Returns the metrics; their 95% half widths end in _ci95."""
+    from json import dumps
     from math import isfinite
     from pathlib import Path
 
@@ -29,5 +30,6 @@ def evaluate(
         result = measure(run.config, model_uri, data_uri, run)
         measured = {name: float(value) for name, value in result.metrics.items() if isfinite(value)}
         metrics.metadata.update(measured)
+        Path(metrics.path).write_text(dumps(measured))  # kfp.local caches no artifact without a file
         Path(pictures.path).write_text(html_page(f"{run.config.name} on held-out levels", measured, result.pictures))
     return measured
