@@ -56,8 +56,10 @@ class CodebookConfig(ConfigNode):
     num_codes: int = Field(ge=2)
     latent_dim: int = Field(32, ge=1)
     commitment: float = Field(0.25, ge=0)
-    ema_decay: float = Field(0.99, gt=0, lt=1, description="moving average that the codes follow")
-    revive_after: int = Field(50, ge=1, description="a code unused for this many steps restarts at an encoder output")
+    ema_decay: float = Field(0.9, ge=0, lt=1, description="how much of a code stays when it moves to its latents' mean")
+    memory: int = Field(8192, ge=1, description="recent latents that the codes are the k-means of")
+    min_share: float = Field(0.05, ge=0, lt=1, description="a code with less of its equal share of latents restarts")
+    continuous_steps: int = Field(0, ge=0, description="training steps before latents are quantized")
 
 
 class TokenizerConfig(ConfigNode):
@@ -71,12 +73,20 @@ class TokenizerConfig(ConfigNode):
 
 
 class LAMConfig(ConfigNode):
-    """The latent action model (section 2.1, App. C.1): pixels in, |A| = codebook.num_codes actions out."""
+    """The latent action model (section 2.1, App. C.1): pixels in, |A| = codebook.num_codes actions out.
+
+    The defaults are the paper's. `demo` needs the rest: with minutes of training, a code must be worth learning at once.
+    """
 
     patch_size: int = Field(16, ge=1)
     encoder: TransformerConfig
     decoder: TransformerConfig
     codebook: CodebookConfig
+    patch_hidden: int = Field(0, ge=0, description="hidden width of the patch embeddings and of the output; 0: linear")
+    motion_rows: int = Field(0, ge=0, description="patches see how well they match the frame before, shifted up to this")
+    motion_columns: int = Field(0, ge=0, description="the same for columns; both 0: pixels alone")
+    predict: Literal["frame", "change"] = Field("frame", description="change: the output is added to the frame before")
+    loss: Literal["mse", "relative"] = Field("mse", description="relative: every frame's error over that of copying")
 
 
 class DynamicsConfig(ConfigNode):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from genie_model.config import LAMConfig
@@ -18,53 +20,117 @@ class LatentActions(NamedTuple):
 
 
 class LatentActionModel(nn.Module):
-    """The encoder sees x_1..t+1 and names what happened; the decoder must rebuild x_t+1 from x_1..t and that name."""
+    """The encoder sees x_1..t+1 and names what happened; the decoder must rebuild x_t+1 from x_1..t and that name.
+
+    The paper's is the default. What the other settings of LAMConfig are for: in a scrolling game a press of a button
+    moves the picture by half a pixel and a fall by four, so plain squared error spends all codes on falls, and a linear
+    embedding of 16 x 16 patches takes long to see half a pixel at all.
+    """
 
     def __init__(self, config: LAMConfig, frame_size: int, window: int) -> None:
         super().__init__()
         self.config, self.frame_size = config, frame_size
         pixels, patches = config.patch_size**2 * 3, (frame_size // config.patch_size) ** 2
-        self.encoder_in = nn.Linear(pixels, config.encoder.d_model)
+        self.sees_motion = config.motion_rows + config.motion_columns > 0
+        shifts = (2 * config.motion_rows + 1) * (2 * config.motion_columns + 1)
+        seen = 2 * pixels + shifts if self.sees_motion else pixels
+        self.encoder_in = _mlp(seen, config.patch_hidden, config.encoder.d_model)
         self.encoder_position = nn.Parameter(0.02 * torch.randn(patches, config.encoder.d_model))
         self.encoder = STTransformer(config.encoder, window)
         self.to_latent = nn.Linear(config.encoder.d_model, config.codebook.latent_dim)
         self.quantizer = VectorQuantizer(config.codebook)
         self.action_in = nn.Linear(config.codebook.latent_dim, config.decoder.d_model)
-        self.decoder_in = nn.Linear(pixels, config.decoder.d_model)
+        self.decoder_in = _mlp(seen, config.patch_hidden, config.decoder.d_model)
         self.decoder_position = nn.Parameter(0.02 * torch.randn(patches, config.decoder.d_model))
         self.decoder = STTransformer(config.decoder, window)
-        self.patch_out = nn.Linear(config.decoder.d_model, pixels)
+        # With a hidden layer the output also sees the patch itself: moving its pixels needs them at full detail.
+        skip = seen if config.patch_hidden else 0
+        self.patch_out = _mlp(config.decoder.d_model + skip, config.patch_hidden, pixels)
+        if config.predict == "change":  # starts as a copy of the frame before
+            last = self.patch_out[-1] if isinstance(self.patch_out, nn.Sequential) else self.patch_out
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x_BTHWC: Tensor) -> tuple[Tensor, LatentActions, dict[str, Tensor]]:
         """Loss, actions and logs of clips in [0, 1]."""
         patches = patchify(x_BTHWC, self.config.patch_size)
-        actions, quantizer_loss, logs = self._infer(patches)
-        predicted = self._predict(patches[:, :-1], actions.latents_BTL).float()
+        seen = self._see(patches)
+        actions, quantizer_loss, logs = self._infer(seen)
+        predicted = self._predict(patches[:, :-1], seen[:, :-1], actions.latents_BTL).float()
         target, previous = patches[:, 1:].float(), patches[:, :-1].float()
-        error = (predicted - target).square().mean()
-        copy_error = (previous - target).square().mean()
+        error_BT = (predicted - target).square().mean((2, 3))
+        copy_error_BT = (previous - target).square().mean((2, 3))
+        error, copy_error = error_BT.mean(), copy_error_BT.mean()
+        loss = error
+        if self.config.loss == "relative":  # a step aside counts as much as a fall; where nothing moves, nothing counts
+            loss = (error_BT / (copy_error_BT + 1e-3)).mean()
         logs |= {"mse": error, "mse_over_copy": error / (copy_error + 1e-6), "commitment": quantizer_loss}
-        return error + quantizer_loss, actions, {name: value.detach() for name, value in logs.items()}
+        return loss + quantizer_loss, actions, {name: value.detach() for name, value in logs.items()}
 
     def infer(self, x_BTHWC: Tensor) -> LatentActions:
         """The latent actions between the frames of clips in [0, 1]."""
-        return self._infer(patchify(x_BTHWC, self.config.patch_size))[0]
+        return self._infer(self._see(patchify(x_BTHWC, self.config.patch_size)))[0]
 
     def predict(self, x_BTHWC: Tensor) -> Tensor:
         """Frames 2..T as the decoder rebuilds them, in [0, 1]."""
         patches = patchify(x_BTHWC, self.config.patch_size)
-        predicted = self._predict(patches[:, :-1], self._infer(patches)[0].latents_BTL)
+        seen = self._see(patches)
+        predicted = self._predict(patches[:, :-1], seen[:, :-1], self._infer(seen)[0].latents_BTL)
         return unpatchify(predicted.float(), self.config.patch_size, self.frame_size)
 
-    def _infer(self, patches_BTNP: Tensor) -> tuple[LatentActions, Tensor, dict[str, Tensor]]:
-        h_BTND = self.encoder_in(patches_BTNP)
+    def _see(self, patches_BTNP: Tensor) -> Tensor:
+        """What both transformers see of every frame: its patches, and their motion since the frame before."""
+        if not self.sees_motion:
+            return patches_BTNP
+        before = torch.cat([patches_BTNP[:, :1], patches_BTNP[:, :-1]], 1)
+        x_BTHWC = unpatchify(patches_BTNP, self.config.patch_size, self.frame_size)
+        matches = block_matching(x_BTHWC, self.config.patch_size, self.config.motion_rows, self.config.motion_columns)
+        return torch.cat([patches_BTNP, patches_BTNP - before, matches], -1)
+
+    def _infer(self, seen: Tensor) -> tuple[LatentActions, Tensor, dict[str, Tensor]]:
+        h_BTND = self.encoder_in(seen)
         h_BTND = self.encoder(h_BTND + self.encoder_position.to(h_BTND.dtype))
         quantized = self.quantizer(self.to_latent(h_BTND[:, 1:].mean(2)))
         logs = {f"action_{name}": value for name, value in quantized.logs.items()}
         return LatentActions(quantized.codes, quantized.latents), quantized.loss, logs
 
-    def _predict(self, patches_BTNP: Tensor, latents_BTL: Tensor) -> Tensor:
-        h_BTND = self.decoder_in(patches_BTNP)
+    def _predict(self, patches_BTNP: Tensor, seen: Tensor, latents_BTL: Tensor) -> Tensor:
+        h_BTND = self.decoder_in(seen)
         action_BTD = self.action_in(latents_BTL.to(h_BTND.dtype))
         h_BTND = self.decoder(h_BTND + self.decoder_position.to(h_BTND.dtype) + action_BTD[:, :, None])
-        return torch.sigmoid(self.patch_out(h_BTND))
+        if self.config.patch_hidden:
+            h_BTND = torch.cat([h_BTND, seen.to(h_BTND.dtype)], -1)
+        out_BTNP: Tensor = self.patch_out(h_BTND)
+        if self.config.predict == "change":
+            out_BTNP = out_BTNP + torch.logit(patches_BTNP, eps=0.01).to(out_BTNP.dtype)
+        return torch.sigmoid(out_BTNP)
+
+
+def _mlp(width_in: int, hidden: int, width_out: int) -> nn.Module:
+    if not hidden:
+        return nn.Linear(width_in, width_out)
+    return nn.Sequential(nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+
+
+@torch.no_grad()
+def block_matching(x_BTHWC: Tensor, patch: int, rows: int, columns: int) -> Tensor:
+    """How well each grey patch matches the frame before, shifted by up to `rows` and `columns` pixels either way.
+
+    (B, T, N, (2 rows + 1) * (2 columns + 1)): minus the log of the mean squared error, less its mean over the shifts.
+    It is the classic motion search of video codecs, here a cross-correlation: |a - b|^2 = |a|^2 - 2ab + |b|^2.
+    """
+    with torch.autocast(x_BTHWC.device.type, enabled=False):
+        B, T = x_BTHWC.shape[:2]
+        grey = x_BTHWC.float().mean(-1)
+        before = torch.cat([grey[:, :1], grey[:, :-1]], 1)
+        now_X1PQ = rearrange(grey, "b t (h p) (w q) -> (b t h w) 1 p q", p=patch, q=patch)
+        padded = F.pad(before, (columns, columns, rows, rows), mode="replicate")
+        windows = padded.unfold(2, patch + 2 * rows, patch).unfold(3, patch + 2 * columns, patch)
+        windows_1XRS = windows.reshape(1, -1, patch + 2 * rows, patch + 2 * columns)
+        offset_X = now_X1PQ.mean((1, 2, 3))  # taken from both: the differences below lose no digits
+        windows_1XRS, now_X1PQ = windows_1XRS - offset_X[:, None, None], now_X1PQ - offset_X[:, None, None, None]
+        product = F.conv2d(windows_1XRS, now_X1PQ, groups=len(now_X1PQ)) / patch**2
+        energy = F.avg_pool2d(windows_1XRS.square(), patch, stride=1)
+        error_1XRS = energy - 2 * product + now_X1PQ.square().mean((1, 2, 3))[:, None, None]
+        closeness = -(error_1XRS.clamp_min(0) + 1e-4).log().view(B, T, -1, (2 * rows + 1) * (2 * columns + 1))
+        return closeness - closeness.mean(-1, keepdim=True)

@@ -38,7 +38,7 @@ def _coinrun() -> Config:
 
 def _demo() -> Config:
     """From nothing to a playable CoinRun in a quarter of an hour on two CPU cores."""
-    small = TransformerConfig(num_layers=4, d_model=128, num_heads=4, head_dim=32)
+    small = TransformerConfig(num_layers=4, d_model=128, num_heads=2, head_dim=64, qk_norm=False)
     fast = OptimizerConfig(max_lr=1e-3, min_lr=1e-4, beta2=0.99, warmup_steps=100)
     return Config(
         name="demo",
@@ -46,8 +46,18 @@ def _demo() -> Config:
         tokenizer=TokenizerConfig(
             patch_size=8, codes_per_patch=4, encoder=small, decoder=small, codebook=CodebookConfig(num_codes=512)
         ),
-        lam=LAMConfig(patch_size=16, encoder=small, decoder=small, codebook=CodebookConfig(num_codes=6)),
-        dynamics=DynamicsConfig(transformer=TransformerConfig(num_layers=8, d_model=128, num_heads=4, head_dim=32)),
+        lam=LAMConfig(
+            patch_size=16,
+            encoder=small,
+            decoder=small,
+            codebook=CodebookConfig(num_codes=6, commitment=0.05, ema_decay=0.0, memory=4096, continuous_steps=500),
+            patch_hidden=768,
+            motion_rows=6,
+            motion_columns=3,
+            predict="change",
+            loss="relative",
+        ),
+        dynamics=DynamicsConfig(transformer=TransformerConfig(num_layers=8, d_model=128, num_heads=2, head_dim=64)),
         sampling=SamplingConfig(maskgit_steps=8, temperature=1.0),
         train_tokenizer=StageConfig(steps=2000, batch_size=4, optimizer=fast),
         train_world=StageConfig(steps=2000, batch_size=4, optimizer=fast),
@@ -70,14 +80,28 @@ def _tiny() -> Config:
             levels_per_shard=4,
         ),
         tokenizer=TokenizerConfig(
-            patch_size=16, codes_per_patch=2, encoder=tiny, decoder=tiny, codebook=CodebookConfig(num_codes=16)
+            patch_size=16,
+            codes_per_patch=2,
+            encoder=tiny,
+            decoder=tiny,
+            codebook=CodebookConfig(num_codes=16, memory=256),
         ),
-        lam=LAMConfig(patch_size=16, encoder=tiny, decoder=tiny, codebook=CodebookConfig(num_codes=4)),
+        lam=LAMConfig(
+            patch_size=16,
+            encoder=tiny,
+            decoder=tiny,
+            codebook=CodebookConfig(num_codes=4, memory=64),
+            patch_hidden=16,
+            motion_rows=2,
+            motion_columns=1,
+            predict="change",
+            loss="relative",
+        ),
         dynamics=DynamicsConfig(transformer=tiny),
         sampling=SamplingConfig(maskgit_steps=2),
         train_tokenizer=stage,
         train_world=stage,
-        evaluation=EvaluationConfig(clips=4, grid_prompts=2, grid_repeats=2),
+        evaluation=EvaluationConfig(clips=4, grid_prompts=2, grid_repeats=2, probe_steps=20),
     )
 
 

@@ -19,59 +19,74 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest code on the unit sphere; codes follow the encoder as a moving average, and none stays dead.
+    """Nearest code, by k-means over the latents of the last steps; gradients pass straight through.
 
-    Latents and codes are normalised (Yu et al., 2021), which alone keeps most of a small codebook in use. A code that
-    no latent chose for `revive_after` steps restarts at a random latent of the batch: the known cure of collapse.
+    - Latents are normalised to unit variance, so codes live on a sphere of radius sqrt(L) and nothing can shrink.
+    - Codes do not learn by gradient. A memory of recent latents takes one Lloyd iteration a step: a latent is always
+      judged by today's codes, which a plain moving average does not do while the encoder still moves fast.
+    - A code left with too few latents restarts at one that its own code serves badly (drawn by squared distance, as
+      k-means++ does). Restarts at plain random latents land where the codes already are.
+    - For the first `continuous_steps` latents pass unquantized while the codes follow: with nothing to say yet, a
+      codebook of six collapses onto the most common latent and never lets the encoder find out more.
     """
 
-    codebook: Tensor
-    moving_sum: Tensor
-    idle_steps: Tensor
+    codebook_VL: Tensor
+    memory_ML: Tensor
+    steps: Tensor
 
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__()
         self.config = config
-        codes = F.normalize(torch.randn(config.num_codes, config.latent_dim), dim=-1)
-        self.register_buffer("codebook", codes)
-        self.register_buffer("moving_sum", codes.clone())
-        self.register_buffer("idle_steps", torch.zeros(config.num_codes))
+        self.register_buffer("codebook_VL", self._normalise(torch.randn(config.num_codes, config.latent_dim)))
+        self.register_buffer("memory_ML", self._normalise(torch.randn(config.memory, config.latent_dim)))
+        self.register_buffer("steps", torch.zeros(()))
 
     def embed(self, codes: Tensor) -> Tensor:
         """int64 (...) -> (..., L)."""
-        return F.embedding(codes, self.codebook)
+        return F.embedding(codes, self.codebook_VL)
 
     def forward(self, latents: Tensor) -> Quantized:
-        """Distances and moving averages are float32 also under autocast: near codes differ in bits bfloat16 drops."""
+        """Distances and codes are float32 also under autocast: near codes differ in bits that bfloat16 drops."""
         with torch.autocast(latents.device.type, enabled=False):
             return self._quantize(latents)
 
     def _quantize(self, latents: Tensor) -> Quantized:
-        flat_ML = F.normalize(latents.float().flatten(0, -2), dim=-1)
-        codes_M = (flat_ML.detach() @ self.codebook.T).argmax(-1)
-        one_hot_MV = F.one_hot(codes_M, self.config.num_codes).float()
-        counts_V = one_hot_MV.sum(0)
-        chosen_ML = self.embed(codes_M)
+        flat_XL = self._normalise(latents.float().flatten(0, -2))
+        quantized_share = torch.ones(())
         if self.training:
-            self._follow(flat_ML.detach(), one_hot_MV, counts_V)
-        loss = self.config.commitment * (flat_ML - chosen_ML).square().sum(-1).mean()
-        share_V = counts_V / counts_V.sum()
+            self._learn(flat_XL.detach())
+            quantized_share = ((self.steps - self.config.continuous_steps) / 100).clamp(0, 1)
+        codes_X = self._nearest(flat_XL.detach())
+        chosen_XL = self.embed(codes_X)
+        loss = self.config.commitment * quantized_share * F.mse_loss(flat_XL, chosen_XL)
+        straight_through = flat_XL + quantized_share * (chosen_XL - flat_XL).detach()
+        share_V = F.one_hot(codes_X, self.config.num_codes).float().mean(0)
         logs = {
-            "usage": (counts_V > 0).float().mean(),
+            "usage": (share_V > 0).float().mean(),
             "perplexity": (-(share_V * (share_V + 1e-10).log()).sum()).exp(),
         }
-        straight_through = flat_ML + (chosen_ML - flat_ML).detach()
-        return Quantized(straight_through.view_as(latents), codes_M.view(latents.shape[:-1]), loss, logs)
+        return Quantized(straight_through.view_as(latents), codes_X.view(latents.shape[:-1]), loss, logs)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.config.latent_dim,))
+
+    def _nearest(self, x_XL: Tensor) -> Tensor:
+        return (2 * x_XL @ self.codebook_VL.T - self.codebook_VL.square().sum(-1)).argmax(-1)
 
     @torch.no_grad()
-    def _follow(self, flat_ML: Tensor, one_hot_MV: Tensor, counts_V: Tensor) -> None:
-        used_V = counts_V > 0
-        self.idle_steps.copy_(torch.where(used_V, 0.0, self.idle_steps + 1))
-        dead_V1 = (self.idle_steps >= self.config.revive_after)[:, None]
-        mean_VL = F.normalize(one_hot_MV.T @ flat_ML, dim=-1)
-        decay = self.config.ema_decay
-        moving_VL = torch.where(used_V[:, None], decay * self.moving_sum + (1 - decay) * mean_VL, self.moving_sum)
-        restart_VL = flat_ML[torch.randint(flat_ML.shape[0], (self.config.num_codes,), device=flat_ML.device)]
-        self.moving_sum.copy_(torch.where(dead_V1, restart_VL, moving_VL))
-        self.idle_steps.copy_(torch.where(dead_V1[:, 0], 0.0, self.idle_steps))
-        self.codebook.copy_(F.normalize(self.moving_sum, dim=-1))
+    def _learn(self, flat_XL: Tensor) -> None:
+        """One step of k-means on the memory, into which (a random part of) the batch's latents go first."""
+        self.steps += 1
+        M = self.config.memory
+        if flat_XL.shape[0] > M:
+            flat_XL = flat_XL[torch.randint(flat_XL.shape[0], (M,), device=flat_XL.device)]
+        self.memory_ML.copy_(torch.cat([self.memory_ML, flat_XL])[-M:])
+        codes_M = self._nearest(self.memory_ML)
+        one_hot_MV = F.one_hot(codes_M, self.config.num_codes).float()
+        counts_V1 = one_hot_MV.sum(0)[:, None]
+        mean_VL = one_hot_MV.T @ self.memory_ML / counts_V1.clamp_min(1)
+        distance_M = (self.memory_ML - self.embed(codes_M)).square().sum(-1)
+        restart_VL = self.memory_ML[torch.multinomial(distance_M + 1e-6, self.config.num_codes, replacement=True)]
+        poor_V1 = counts_V1 < self.config.min_share * M / self.config.num_codes
+        moved_VL = torch.lerp(mean_VL, self.codebook_VL, self.config.ema_decay)
+        self.codebook_VL.copy_(torch.where(poor_V1, restart_VL, moved_VL))

@@ -1,21 +1,25 @@
 """Tokenizer, LAM and dynamics: what each may see, what trains what, and that nothing goes untrained."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from genie_model.config import CodebookConfig
 from genie_model.genie import Genie
+from genie_model.lam import block_matching
 from genie_model.presets import get_preset
 from genie_model.quantizer import VectorQuantizer
 
 CONFIG = get_preset("tiny")
+PAPER_LAM = ("lam.patch_hidden=0", "lam.motion_rows=0", "lam.motion_columns=0", "lam.predict=frame", "lam.loss=mse")
 
 
-@pytest.fixture
-def genie() -> Genie:
+@pytest.fixture(params=["paper", "demo"])
+def genie(request: pytest.FixtureRequest) -> Genie:
+    """With the paper's LAM, and with the settings that `tiny` shares with `demo`."""
     torch.manual_seed(0)
-    return Genie(CONFIG)
+    return Genie(CONFIG.with_overrides(*PAPER_LAM) if request.param == "paper" else CONFIG)
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ def test_the_action_sees_the_next_frame_and_no_later_one(genie: Genie, clips: Te
 
 def test_the_lam_decoder_sees_the_next_frame_through_the_action_alone(genie: Genie, clips: Tensor) -> None:
     genie.eval()
-    genie.lam.quantizer.codebook[:] = genie.lam.quantizer.codebook[:1]  # one code: it can say nothing
+    genie.lam.quantizer.codebook_VL[:] = genie.lam.quantizer.codebook_VL[:1]  # one code: it can say nothing
     changed = clips.clone()
     changed[:, 3:] = 1 - changed[:, 3:]
     torch.testing.assert_close(genie.lam.predict(clips)[:, :3], genie.lam.predict(changed)[:, :3])
@@ -114,22 +118,50 @@ def test_the_loss_counts_masked_tokens_of_later_frames_only(genie: Genie, clips:
 
 def test_quantizer_is_straight_through_and_revives_dead_codes() -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(CodebookConfig(num_codes=8, latent_dim=4, revive_after=3)).train()
-    latents = torch.randn(64, 4, requires_grad=True)
+    quantizer = VectorQuantizer(CodebookConfig(num_codes=8, latent_dim=4, memory=256, ema_decay=0.0)).train()
     with torch.no_grad():
-        quantizer.codebook[:] = quantizer.codebook[:1]  # collapsed: code 0 takes everything
-    out = quantizer(latents)
-    out.latents.sum().backward()
-    assert latents.grad is not None
-    assert float(out.logs["usage"]) == 1 / 8
-    torch.testing.assert_close(out.latents.detach(), quantizer.embed(out.codes), atol=1e-5, rtol=0.5)
+        quantizer.codebook_VL[:] = quantizer.codebook_VL[:1]  # collapsed: code 0 takes everything
     for _ in range(12):
-        out = quantizer(torch.randn(64, 4))
+        latents = torch.randn(64, 4, requires_grad=True)
+        out = quantizer(latents)
     assert float(out.logs["usage"]) == 1.0
+    assert float(out.logs["perplexity"]) > 5
+
+
+def test_quantizer_passes_latents_first_and_codes_later() -> None:
+    torch.manual_seed(0)
+    config = CodebookConfig(num_codes=4, latent_dim=8, memory=64, continuous_steps=10)
+    quantizer = VectorQuantizer(config).train()
+    latents = torch.randn(16, 8, requires_grad=True)
+    early = quantizer(latents)
+    torch.testing.assert_close(early.latents, torch.nn.functional.layer_norm(latents, (8,)))
+    assert float(early.loss.detach()) == 0.0
+    for _ in range(120):
+        late = quantizer(latents)
+    torch.testing.assert_close(late.latents, quantizer.embed(late.codes))
+    assert float(late.loss.detach()) > 0.0
+    late.latents.square().sum().backward()
+    assert latents.grad is not None
+    assert latents.grad.any()
 
 
 def test_quantizer_does_not_learn_in_evaluation() -> None:
     quantizer = VectorQuantizer(CodebookConfig(num_codes=8, latent_dim=4)).eval()
-    before = quantizer.codebook.clone()
-    quantizer(torch.randn(16, 4))
-    assert torch.equal(before, quantizer.codebook)
+    before = quantizer.codebook_VL.clone()
+    out = quantizer(torch.randn(16, 4))
+    assert torch.equal(before, quantizer.codebook_VL)
+    torch.testing.assert_close(out.latents, quantizer.embed(out.codes))
+
+
+def test_block_matching_finds_a_shift() -> None:
+    torch.manual_seed(0)
+    frame = torch.rand(1, 1, 64, 64, 3)
+    clip = torch.cat([frame, frame.roll((2, -1), (2, 3))], 1)  # 2 down, 1 left
+    closeness = block_matching(clip, patch=16, rows=3, columns=2)
+    assert closeness.shape == (1, 2, 16, 35)
+    best = closeness[0, 1].argmax(-1)[[5, 6, 9, 10]]  # inner patches: the roll wraps at the border
+    assert (best == (3 - 2) * 5 + (2 + 1)).all()
+    window, target = frame[0, 0, 15:31, 17:33], clip[0, 1, 16:32, 16:32]  # row offset -1, column offset +1
+    errors = -(window.mean(-1) - target.mean(-1)).square().mean().add(1e-4).log()
+    others = closeness[0, 1, 5] - closeness[0, 1, 5, (3 - 1) * 5 + (2 + 1)] + errors
+    assert float(others.max()) == pytest.approx(-np.log(1e-4), rel=1e-3)  # the true shift leaves no error at all
