@@ -39,12 +39,12 @@ def _coinrun() -> Config:
 def _demo() -> Config:
     """From nothing to a playable CoinRun in a quarter of an hour on two CPU cores."""
     small = TransformerConfig(num_layers=4, d_model=128, num_heads=2, head_dim=64, qk_norm=False)
-    fast = OptimizerConfig(max_lr=1e-3, min_lr=1e-4, beta2=0.99, warmup_steps=100)
+    fast = OptimizerConfig(max_lr=2e-3, min_lr=1e-4, beta2=0.99, warmup_steps=100)
     return Config(
         name="demo",
         data=DataConfig(train_levels=1024, steps_per_level=64, action_hold=8),
         tokenizer=TokenizerConfig(
-            patch_size=8, codes_per_patch=4, encoder=small, decoder=small, codebook=CodebookConfig(num_codes=512)
+            patch_size=8, codes_per_patch=4, encoder=small, decoder=small, codebook=CodebookConfig(num_codes=512, memory=4096)
         ),
         lam=LAMConfig(
             patch_size=16,
@@ -59,8 +59,8 @@ def _demo() -> Config:
         ),
         dynamics=DynamicsConfig(transformer=TransformerConfig(num_layers=8, d_model=128, num_heads=2, head_dim=64)),
         sampling=SamplingConfig(maskgit_steps=8, temperature=1.0),
-        train_tokenizer=StageConfig(steps=2000, batch_size=4, optimizer=fast),
-        train_world=StageConfig(steps=2000, batch_size=4, optimizer=fast),
+        train_tokenizer=StageConfig(steps=2200, batch_size=4, optimizer=fast),
+        train_world=StageConfig(steps=1900, batch_size=4, optimizer=fast.model_copy(update={"max_lr": 1e-3})),
     )
 
 

@@ -60,7 +60,7 @@ class VectorQuantizer(nn.Module):
         chosen_XL = self.embed(codes_X)
         loss = self.config.commitment * quantized_share * F.mse_loss(flat_XL, chosen_XL)
         straight_through = flat_XL + quantized_share * (chosen_XL - flat_XL).detach()
-        share_V = F.one_hot(codes_X, self.config.num_codes).float().mean(0)
+        share_V = self._per_code(codes_X, torch.ones_like(flat_XL[:, :1])).squeeze(-1) / len(codes_X)
         logs = {
             "usage": (share_V > 0).float().mean(),
             "perplexity": (-(share_V * (share_V + 1e-10).log()).sum()).exp(),
@@ -73,6 +73,10 @@ class VectorQuantizer(nn.Module):
     def _nearest(self, x_XL: Tensor) -> Tensor:
         return (2 * x_XL @ self.codebook_VL.T - self.codebook_VL.square().sum(-1)).argmax(-1)
 
+    def _per_code(self, codes_X: Tensor, x_XL: Tensor) -> Tensor:
+        """The sum of the rows of each code: (V, L)."""
+        return x_XL.new_zeros(self.config.num_codes, x_XL.shape[-1]).index_add_(0, codes_X, x_XL)
+
     @torch.no_grad()
     def _learn(self, flat_XL: Tensor) -> None:
         """One step of k-means on the memory, into which (a random part of) the batch's latents go first."""
@@ -82,9 +86,8 @@ class VectorQuantizer(nn.Module):
             flat_XL = flat_XL[torch.randint(flat_XL.shape[0], (M,), device=flat_XL.device)]
         self.memory_ML.copy_(torch.cat([self.memory_ML, flat_XL])[-M:])
         codes_M = self._nearest(self.memory_ML)
-        one_hot_MV = F.one_hot(codes_M, self.config.num_codes).float()
-        counts_V1 = one_hot_MV.sum(0)[:, None]
-        mean_VL = one_hot_MV.T @ self.memory_ML / counts_V1.clamp_min(1)
+        counts_V1 = self._per_code(codes_M, torch.ones_like(self.memory_ML[:, :1]))
+        mean_VL = self._per_code(codes_M, self.memory_ML) / counts_V1.clamp_min(1)
         distance_M = (self.memory_ML - self.embed(codes_M)).square().sum(-1)
         restart_VL = self.memory_ML[torch.multinomial(distance_M + 1e-6, self.config.num_codes, replacement=True)]
         poor_V1 = counts_V1 < self.config.min_share * M / self.config.num_codes
