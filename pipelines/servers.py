@@ -20,7 +20,7 @@ import psutil
 from pipelines.local import say
 
 _HOST = "127.0.0.1"
-_START_SECONDS = 120
+_START_SECONDS = 300
 
 
 @contextlib.contextmanager
@@ -90,8 +90,8 @@ def _start_mlflow(folder: Path, note: Path, port: int) -> int:
         deadline = time.monotonic() + _START_SECONDS
         while not _answers(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                last = (log_path.read_text().strip().splitlines() or ["it said nothing"])[-1]
-                raise ValueError(f"MLflow did not start: {last} (log: {log_path})")
+                how = "did not answer in time" if process.returncode is None else f"ended with {process.returncode}"
+                raise ValueError(f"the MLflow server {how}; its last words are in {log_path}")
             time.sleep(0.2)
     except BaseException:
         _stop(process.pid)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import io
 import math
 import os
 import tempfile
@@ -82,7 +84,8 @@ def register(model_uri: str, metrics: Mapping[str, float], run: StepRun, name: s
             mlflow.log_metrics(dict(metrics), model_id=logged.model_id)
             _ensure_registered(client, name)
             tags = {"model_digest": digest, "preset": run.config.name, "trained_at": model_uri}
-            version = mlflow.register_model(logged.model_uri, name, tags=tags)
+            with contextlib.redirect_stderr(io.StringIO()):  # it tells what the summary below tells
+                version = mlflow.register_model(logged.model_uri, name, tags=tags)
         client.update_run(run.parent_id, "RUNNING")  # start_run() ended it; the pipeline goes on
     summary("register", f"{name} version {version.version}")
     return str(version.version)
@@ -169,10 +172,11 @@ def champion(
     folder = cache / f"{model_name}-{version.version}-{unique}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
+        mlflow.set_tracking_uri(client.tracking_uri)  # models:/ is looked up there, whatever download_artifacts is told
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             uri = f"models:/{model_name}/{version.version}"
             try:
-                download_artifacts(artifact_uri=uri, dst_path=scratch, tracking_uri=client.tracking_uri)
+                download_artifacts(artifact_uri=uri, dst_path=scratch)
             except MlflowException as error:
                 raise ValueError(f"{uri} cannot be downloaded: {' '.join(str(error).split())}") from None
             # Another process may have been faster; a whole folder is as good as this one.

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -174,11 +175,13 @@ def test_registry_and_alias(store: Path, model_uri: str, monkeypatch: pytest.Mon
     assert champion() == served
 
     client.set_registered_model_alias("genie", "champion", second)  # by hand, as in MLflow's UI
-    assert champion().version == second
+    server = os.environ["MLFLOW_TRACKING_URI"]
+    with pytest.MonkeyPatch.context() as elsewhere:
+        elsewhere.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/another.db")
+        mlflow.set_tracking_uri(None)
+        assert champion(tracking_uri=server).version == second
 
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    import mlflow
-
     loaded = mlflow.pyfunc.load_model("models:/genie@champion")
     prompt = np.full((1, 64, 64, 3), 128, np.uint8)
     dreamt = loaded.predict({"frames": prompt, "actions": np.array([0, 3])}, params={"seed": 7})
