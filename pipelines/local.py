@@ -150,8 +150,12 @@ class _Screen(io.TextIOBase):
             self._show(f"[{ended[1]}] {_OUTCOMES[ended[2]]} {time.monotonic() - self._started:.0f} s")
         elif line in (_STEP_INDENT + "{", _STEP_INDENT + "}"):
             self._in_executor_input = line.endswith("{")
-        elif self._in_step and not self._in_executor_input and line.strip() and not _EXECUTOR_LOG.match(line):
+        elif self._is_step_output(line):
             self._show(line.removeprefix(_STEP_INDENT))
+
+    def _is_step_output(self, line: str) -> bool:
+        indented = line.startswith(_STEP_INDENT) and line.strip() != ""
+        return self._in_step and indented and not self._in_executor_input and not _EXECUTOR_LOG.match(line)
 
     def _show(self, line: str) -> None:
         self._screen.write(line + "\n")
