@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -66,7 +67,7 @@ class TokenizerConfig(ConfigNode):
     """The video tokenizer (section 2.1, App. C.2)."""
 
     patch_size: int = Field(4, ge=1)
-    codes_per_patch: int = Field(1, ge=1, description="codes that one patch emits; the paper's tokenizer emits 1")
+    codes_per_patch: int = Field(1, ge=1, description="1 as in the paper; 4, 16, ...: one per square of the patch")
     encoder: TransformerConfig
     decoder: TransformerConfig
     codebook: CodebookConfig
@@ -75,7 +76,7 @@ class TokenizerConfig(ConfigNode):
 class LAMConfig(ConfigNode):
     """The latent action model (section 2.1, App. C.1): pixels in, |A| = codebook.num_codes actions out.
 
-    The defaults are the paper's. `demo` needs the rest: with minutes of training, a code must be worth learning at once.
+    The defaults are the paper's. `demo` sets the rest: with minutes of training, a code must soon be worth learning.
     """
 
     patch_size: int = Field(16, ge=1)
@@ -83,8 +84,10 @@ class LAMConfig(ConfigNode):
     decoder: TransformerConfig
     codebook: CodebookConfig
     patch_hidden: int = Field(0, ge=0, description="hidden width of the patch embeddings and of the output; 0: linear")
-    motion_rows: int = Field(0, ge=0, description="patches see how well they match the frame before, shifted up to this")
-    motion_columns: int = Field(0, ge=0, description="the same for columns; both 0: pixels alone")
+    motion_rows: int = Field(
+        0, ge=0, description="patches see how well they match the frame before, shifted up to this"
+    )
+    motion_columns: int = Field(0, ge=0, description="the same for columns; both 0: no matching")
     predict: Literal["frame", "change"] = Field("frame", description="change: the output is added to the frame before")
     loss: Literal["mse", "relative"] = Field("mse", description="relative: every frame's error over that of copying")
 
@@ -93,6 +96,7 @@ class DynamicsConfig(ConfigNode):
     """The MaskGIT dynamics model (section 2.1, App. C.3)."""
 
     transformer: TransformerConfig
+    clean_frames: float = Field(0.0, ge=0, lt=1, description="share of frames left unmasked, as the past is in play")
     mask_rate_min: float = Field(0.5, ge=0, le=1)
     mask_rate_max: float = Field(1.0, ge=0, le=1)
 
@@ -167,6 +171,10 @@ class Config(ConfigNode):
             patch = getattr(self, part).patch_size
             if self.data.frame_size % patch:
                 raise ValueError(f"{part}.patch_size={patch} does not divide data.frame_size={self.data.frame_size}")
+        side = math.isqrt(self.tokenizer.codes_per_patch)
+        if side**2 != self.tokenizer.codes_per_patch or self.tokenizer.patch_size % side:
+            wrong = f"tokenizer.codes_per_patch={self.tokenizer.codes_per_patch}"
+            raise ValueError(f"{wrong} must be 1, 4, 16, ...: the square of a number that divides tokenizer.patch_size")
         if self.evaluation.prompt_frames + self.evaluation.horizon > self.data.clip_length:
             limit = f"data.clip_length={self.data.clip_length}"
             raise ValueError(f"evaluation.prompt_frames + evaluation.horizon must be at most {limit}")

@@ -44,11 +44,17 @@ class DynamicsModel(nn.Module):
         """Loss and logs. `actions_BTL` holds T-1 latents, stop-gradient here: the LAM learns from its own loss alone.
 
         Every clip draws one masking rate from U[min, max); its tokens of frames 2..T are masked independently at it.
+        The paper masks all frames alike, so the past is never as whole as it is in play; `clean_frames` leaves that
+        share of the frames unmasked.
         """
         low, high = self.config.mask_rate_min, self.config.mask_rate_max
         B = codes_BTNC.shape[0]
         rate_B = low + (high - low) * torch.rand(B, 1, 1, 1, device=codes_BTNC.device)
         mask_BTNC = torch.rand(codes_BTNC.shape, device=codes_BTNC.device) < rate_B
+        dirty_BT11 = (
+            torch.rand(codes_BTNC.shape[:2], device=codes_BTNC.device)[..., None, None] >= self.config.clean_frames
+        )
+        mask_BTNC = mask_BTNC & dirty_BT11
         mask_BTNC[:, 0] = False
         seen_BTNC = torch.where(mask_BTNC, self.mask_token, codes_BTNC)
         actions_BTL = F.pad(actions_BTL.detach(), (0, 0, 1, 0))
@@ -57,11 +63,12 @@ class DynamicsModel(nn.Module):
             logits_BTNCV.float().flatten(0, -2), codes_BTNC[:, 1:].flatten(), reduction="none"
         ).view_as(codes_BTNC[:, 1:])
         weight_BTNC = mask_BTNC[:, 1:].float()
-        loss = (loss_BTNC * weight_BTNC).sum() / weight_BTNC.sum()
+        weight_BTNC = weight_BTNC / weight_BTNC.sum().clamp_min(1)
+        loss = (loss_BTNC * weight_BTNC).sum()
         # The true code's logit is the largest; bfloat16 argmax is ten times slower than max here.
         true_BTNC = logits_BTNCV.gather(-1, codes_BTNC[:, 1:, ..., None]).squeeze(-1)
         right_BTNC = (true_BTNC >= logits_BTNCV.amax(-1)).float()
-        accuracy = (right_BTNC * weight_BTNC).sum() / weight_BTNC.sum()
+        accuracy = (right_BTNC * weight_BTNC).sum()
         return loss, {"cross_entropy": loss.detach(), "masked_accuracy": accuracy.detach()}
 
     def hidden(

@@ -39,12 +39,16 @@ def _coinrun() -> Config:
 def _demo() -> Config:
     """From nothing to a playable CoinRun in a quarter of an hour on two CPU cores."""
     small = TransformerConfig(num_layers=4, d_model=128, num_heads=2, head_dim=64, qk_norm=False)
-    fast = OptimizerConfig(max_lr=2e-3, min_lr=1e-4, beta2=0.99, warmup_steps=100)
+    fast = OptimizerConfig(max_lr=3e-3, min_lr=1e-4, beta2=0.99, warmup_steps=100)
     return Config(
         name="demo",
-        data=DataConfig(train_levels=1024, steps_per_level=64, action_hold=8),
+        data=DataConfig(train_levels=4096, steps_per_level=64, action_hold=8),
         tokenizer=TokenizerConfig(
-            patch_size=8, codes_per_patch=4, encoder=small, decoder=small, codebook=CodebookConfig(num_codes=512, memory=4096)
+            patch_size=8,
+            codes_per_patch=4,
+            encoder=small,
+            decoder=small,
+            codebook=CodebookConfig(num_codes=512, commitment=0.05),
         ),
         lam=LAMConfig(
             patch_size=16,
@@ -57,10 +61,13 @@ def _demo() -> Config:
             predict="change",
             loss="relative",
         ),
-        dynamics=DynamicsConfig(transformer=TransformerConfig(num_layers=8, d_model=128, num_heads=2, head_dim=64)),
-        sampling=SamplingConfig(maskgit_steps=8, temperature=1.0),
-        train_tokenizer=StageConfig(steps=2200, batch_size=4, optimizer=fast),
-        train_world=StageConfig(steps=1900, batch_size=4, optimizer=fast.model_copy(update={"max_lr": 1e-3})),
+        dynamics=DynamicsConfig(
+            transformer=TransformerConfig(num_layers=8, d_model=128, num_heads=2, head_dim=64), clean_frames=0.5
+        ),
+        sampling=SamplingConfig(maskgit_steps=8, temperature=0.5),
+        train_tokenizer=StageConfig(steps=2000, batch_size=4, optimizer=fast),
+        train_world=StageConfig(steps=1700, batch_size=4, optimizer=fast.model_copy(update={"max_lr": 1e-3})),
+        evaluation=EvaluationConfig(clips=128),
     )
 
 
@@ -81,7 +88,7 @@ def _tiny() -> Config:
         ),
         tokenizer=TokenizerConfig(
             patch_size=16,
-            codes_per_patch=2,
+            codes_per_patch=4,
             encoder=tiny,
             decoder=tiny,
             codebook=CodebookConfig(num_codes=16, memory=256),
@@ -90,7 +97,7 @@ def _tiny() -> Config:
             patch_size=16,
             encoder=tiny,
             decoder=tiny,
-            codebook=CodebookConfig(num_codes=4, memory=64),
+            codebook=CodebookConfig(num_codes=4, memory=512),
             patch_hidden=16,
             motion_rows=2,
             motion_columns=1,

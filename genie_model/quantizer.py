@@ -79,11 +79,15 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _learn(self, flat_XL: Tensor) -> None:
-        """One step of k-means on the memory, into which (a random part of) the batch's latents go first."""
+        """One step of k-means on the memory, into which some of the batch's latents go first.
+
+        At most a 64th of the memory: it must outlast the batch, or codes that this batch happens not to need are lost.
+        """
         self.steps += 1
         M = self.config.memory
-        if flat_XL.shape[0] > M:
-            flat_XL = flat_XL[torch.randint(flat_XL.shape[0], (M,), device=flat_XL.device)]
+        fresh = max(M // 64, 1)
+        if flat_XL.shape[0] > fresh:
+            flat_XL = flat_XL[torch.randint(flat_XL.shape[0], (fresh,), device=flat_XL.device)]
         self.memory_ML.copy_(torch.cat([self.memory_ML, flat_XL])[-M:])
         codes_M = self._nearest(self.memory_ML)
         counts_V1 = self._per_code(codes_M, torch.ones_like(self.memory_ML[:, :1]))

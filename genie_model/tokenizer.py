@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from genie_model.config import TokenizerConfig
@@ -15,7 +18,9 @@ class VideoTokenizer(nn.Module):
     """Frames in [0, 1] <-> N * C discrete codes a frame. Code z_t has seen x_1..t and nothing later.
 
     C = `codes_per_patch` codes leave each patch: with 1 it is the paper's; more buy the bits of smaller patches at the
-    compute of larger ones, which is what a two-core machine can afford.
+    compute of larger ones, which is what a two-core machine can afford. Each of them then stands for its own square of
+    the patch and has a linear path from and to that square's pixels; the transformers add what the context tells. So
+    codes mean the same wherever and whenever they occur, and one wrong code spoils one small square.
     """
 
     def __init__(self, config: TokenizerConfig, frame_size: int, window: int) -> None:
@@ -32,6 +37,11 @@ class VideoTokenizer(nn.Module):
         self.decoder_position = nn.Parameter(0.02 * torch.randn(self.num_patches, config.decoder.d_model))
         self.decoder = STTransformer(config.decoder, window)
         self.patch_out = nn.Linear(config.decoder.d_model, pixels)
+        self.squares = math.isqrt(config.codes_per_patch)  # per side
+        if config.codes_per_patch > 1:
+            square_pixels = pixels // config.codes_per_patch
+            self.square_in = nn.Linear(square_pixels, config.codebook.latent_dim)
+            self.square_out = nn.Linear(config.codebook.latent_dim, square_pixels)
 
     def forward(self, x_BTHWC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of a batch of clips in [0, 1], and what to log."""
@@ -52,12 +62,26 @@ class VideoTokenizer(nn.Module):
 
     def _encode(self, x_BTHWC: Tensor) -> Tensor:
         patches = patchify(x_BTHWC, self.config.patch_size)
-        h_BTND = self.encoder(self.patch_in(patches) + self.encoder_position.to(patches.dtype))
+        h_BTND = self.patch_in(patches)
+        h_BTND = self.encoder(h_BTND + self.encoder_position.to(h_BTND.dtype))
         latents: Tensor = self.to_latent(h_BTND)
-        return latents.reshape(*latents.shape[:-1], self.config.codes_per_patch, -1)
+        latents = latents.reshape(*latents.shape[:-1], self.config.codes_per_patch, -1)
+        if self.config.codes_per_patch > 1:
+            side = self.config.patch_size // self.squares
+            squares = rearrange(
+                patches, "b t n (a p d q c) -> b t n (a d) (p q c)", a=self.squares, p=side, q=side, c=3
+            )
+            latents = latents + self.square_in(squares)
+        return latents
 
     def _decode(self, latents_BTNCL: Tensor, cache: TemporalCache | None = None) -> Tensor:
         h_BTND = self.from_latent(latents_BTNCL.flatten(-2))
         h_BTND = self.decoder(h_BTND + self.decoder_position.to(h_BTND.dtype), cache, commit=cache is not None)
+        patches: Tensor = self.patch_out(h_BTND)
+        if self.config.codes_per_patch > 1:
+            squares, side = self.square_out(latents_BTNCL), self.config.patch_size // self.squares
+            patches = patches + rearrange(
+                squares, "b t n (a d) (p q c) -> b t n (a p d q c)", a=self.squares, p=side, q=side
+            )
         # Zero output is mid-grey: the picture's own mean costs no capacity.
-        return unpatchify(self.patch_out(h_BTND) + 0.5, self.config.patch_size, self.frame_size)
+        return unpatchify(patches + 0.5, self.config.patch_size, self.frame_size)

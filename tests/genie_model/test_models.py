@@ -118,10 +118,10 @@ def test_the_loss_counts_masked_tokens_of_later_frames_only(genie: Genie, clips:
 
 def test_quantizer_is_straight_through_and_revives_dead_codes() -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(CodebookConfig(num_codes=8, latent_dim=4, memory=256, ema_decay=0.0)).train()
+    quantizer = VectorQuantizer(CodebookConfig(num_codes=8, latent_dim=4, memory=1024, ema_decay=0.0)).train()
     with torch.no_grad():
         quantizer.codebook_VL[:] = quantizer.codebook_VL[:1]  # collapsed: code 0 takes everything
-    for _ in range(12):
+    for _ in range(90):
         latents = torch.randn(64, 4, requires_grad=True)
         out = quantizer(latents)
     assert float(out.logs["usage"]) == 1.0
@@ -130,7 +130,7 @@ def test_quantizer_is_straight_through_and_revives_dead_codes() -> None:
 
 def test_quantizer_passes_latents_first_and_codes_later() -> None:
     torch.manual_seed(0)
-    config = CodebookConfig(num_codes=4, latent_dim=8, memory=64, continuous_steps=10)
+    config = CodebookConfig(num_codes=4, latent_dim=8, memory=1024, continuous_steps=10)
     quantizer = VectorQuantizer(config).train()
     latents = torch.randn(16, 8, requires_grad=True)
     early = quantizer(latents)
