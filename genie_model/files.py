@@ -13,7 +13,6 @@ def write_atomic(uri: str, data: bytes) -> None:
     """All of the file or none of it. An object store's upload is atomic already; a local file is renamed into place."""
     fs, path = url_to_fs(uri)
     if not isinstance(fs, LocalFileSystem):
-        fs.makedirs(fs._parent(path), exist_ok=True)
         fs.pipe_file(path, data)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)

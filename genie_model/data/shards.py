@@ -12,11 +12,9 @@ chunks, not the episode. Any streaming zstd reader reads the whole member.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +23,9 @@ from typing import Any
 import fsspec
 import numpy as np
 from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
+
+from genie_model.files import write_atomic
 
 FORMAT = 1
 CHUNK_FRAMES = 32
@@ -49,7 +48,6 @@ def write_shard(
     truth: Mapping[str, NDArray[np.generic]],
 ) -> None:
     """Writes one shard; the manifest goes last. The bytes depend on the arguments alone."""
-    fs, root = url_to_fs(uri)
     tar_bytes = io.BytesIO()
     entries = []
     with tarfile.open(fileobj=tar_bytes, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -78,9 +76,9 @@ def write_shard(
         },
         "episodes": entries,
     }
-    _write_atomic(fs, f"{root}/{tar_name}", tar_bytes.getvalue())
-    _write_atomic(fs, f"{root}/{truth_name}", truth_bytes.getvalue())
-    _write_atomic(fs, f"{root}/{manifest_name}", json.dumps(manifest).encode())
+    write_atomic(f"{uri}/{tar_name}", tar_bytes.getvalue())
+    write_atomic(f"{uri}/{truth_name}", truth_bytes.getvalue())
+    write_atomic(f"{uri}/{manifest_name}", json.dumps(manifest).encode())
 
 
 def missing_shards(uri: str, num_shards: int) -> list[int]:
@@ -106,7 +104,7 @@ def write_index(uri: str, num_shards: int, meta: Mapping[str, Any]) -> None:
     """Declares the data set whole."""
     fs, root = url_to_fs(uri)
     manifests = [json.loads(fs.cat_file(f"{root}/{_names(shard)[2]}")) for shard in range(num_shards)]
-    _write_atomic(fs, f"{root}/index.json", json.dumps({"format": FORMAT, "meta": meta, "shards": manifests}).encode())
+    write_atomic(f"{uri}/index.json", json.dumps({"format": FORMAT, "meta": meta, "shards": manifests}).encode())
 
 
 def has_index(uri: str) -> bool:
@@ -161,23 +159,3 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     offset = tar.offset + tarfile.BLOCKSIZE
     tar.addfile(info, io.BytesIO(data))
     return offset
-
-
-def _write_atomic(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
-    """All of the file or none of it. An object store's upload is atomic already; a local file is renamed into place."""
-    if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)
-        return
-    temporary = f"{path}.tmp"
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        if os.path.lexists(temporary):
-            os.remove(temporary)
-        if error.errno == errno.ENOSPC:
-            message = "the disk is full; free some space and run again, finished shards are kept"
-            raise OSError(errno.ENOSPC, message, path) from None
-        raise
