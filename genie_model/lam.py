@@ -43,13 +43,17 @@ class LatentActionModel(nn.Module):
         self.decoder_in = _mlp(seen, config.patch_hidden, config.decoder.d_model)
         self.decoder_position = nn.Parameter(0.02 * torch.randn(patches, config.decoder.d_model))
         self.decoder = STTransformer(config.decoder, window)
-        # With a hidden layer the output also sees the patch itself: moving its pixels needs them at full detail.
-        skip = seen if config.patch_hidden else 0
-        self.patch_out = _mlp(config.decoder.d_model + skip, config.patch_hidden, pixels)
+        width = config.decoder.d_model
+        if config.patch_hidden:
+            # The output also sees the patch itself: moving its pixels needs them at full detail. A layer of its own
+            # keeps those 1,600 numbers from drowning the 128 that know the action.
+            self.hidden_out = nn.Linear(width, config.patch_hidden)
+            self.seen_out = nn.Linear(seen, config.patch_hidden, bias=False)
+            width = config.patch_hidden
+        self.patch_out = nn.Linear(width, pixels)
         if config.predict == "change":  # starts as a copy of the frame before
-            last = self.patch_out[-1] if isinstance(self.patch_out, nn.Sequential) else self.patch_out
-            for parameter in last.parameters():
-                nn.init.zeros_(parameter)
+            nn.init.zeros_(self.patch_out.weight)
+            nn.init.zeros_(self.patch_out.bias)
 
     def forward(self, x_BTHWC: Tensor) -> tuple[Tensor, LatentActions, dict[str, Tensor]]:
         """Loss, actions and logs of clips in [0, 1]."""
@@ -99,7 +103,7 @@ class LatentActionModel(nn.Module):
         action_BTD = self.action_in(latents_BTL.to(h_BTND.dtype))
         h_BTND = self.decoder(h_BTND + self.decoder_position.to(h_BTND.dtype) + action_BTD[:, :, None])
         if self.config.patch_hidden:
-            h_BTND = torch.cat([h_BTND, seen.to(h_BTND.dtype)], -1)
+            h_BTND = F.gelu(self.hidden_out(h_BTND) + self.seen_out(seen))
         out_BTNP: Tensor = self.patch_out(h_BTND)
         if self.config.predict == "change":
             out_BTNP = out_BTNP + torch.logit(patches_BTNP, eps=0.01).to(out_BTNP.dtype)

@@ -54,7 +54,7 @@ def _demo() -> Config:
             patch_size=16,
             encoder=small,
             decoder=small,
-            codebook=CodebookConfig(num_codes=6, commitment=0.05, ema_decay=0.0, memory=4096, continuous_steps=500),
+            codebook=CodebookConfig(num_codes=6, commitment=0.02, ema_decay=0.0, memory=4096, continuous_steps=800),
             patch_hidden=768,
             motion_rows=6,
             motion_columns=3,
