@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from genie_model import files
 from genie_model.config import Config
 from genie_model.genie import Genie
+from genie_model.tokenizer import VideoTokenizer
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def save_model(uri: str, genie: Genie) -> None:
-    """A folder with the weights and `config.json`. The config goes last: where it lies, the model is whole."""
-    _write_tensors(f"{uri}/{WEIGHTS}", genie.state_dict())
+def save_model(uri: str, genie: Genie, part: nn.Module | None = None) -> None:
+    """A folder with the weights, of one part alone if named, and the whole `config.json`.
+
+    The config goes last: where it lies, the model is whole.
+    """
+    _write_tensors(f"{uri}/{WEIGHTS}", (part or genie).state_dict())
     files.write_atomic(f"{uri}/{CONFIG}", genie.config.to_json().encode())
 
 
@@ -32,11 +36,22 @@ def is_model(uri: str) -> bool:
 
 def load_model(uri: str) -> Genie:
     """The model in evaluation mode. Raises ValueError that says what is missing or broken."""
-    if not is_model(uri):
-        raise ValueError(f"no model at {uri} (no {CONFIG} there): train one first, or check the URI")
-    genie = Genie(Config.from_json(files.read(f"{uri}/{CONFIG}").decode()))
+    genie = _untrained(uri)
     load_weights(genie, f"{uri}/{WEIGHTS}")
     return genie.eval()
+
+
+def load_tokenizer(uri: str) -> VideoTokenizer:
+    """The tokenizer of a folder that holds it alone, in evaluation mode. Raises as `load_model` does."""
+    tokenizer = _untrained(uri).tokenizer
+    load_weights(tokenizer, f"{uri}/{WEIGHTS}")
+    return tokenizer.eval()
+
+
+def _untrained(uri: str) -> Genie:
+    if not is_model(uri):
+        raise ValueError(f"no model at {uri} (no {CONFIG} there): train one first, or check the URI")
+    return Genie(Config.from_json(files.read(f"{uri}/{CONFIG}").decode()))
 
 
 def load_weights(module: nn.Module, uri: str) -> None:

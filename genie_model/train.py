@@ -25,7 +25,7 @@ from genie_model.progress import NoLog, RunLog, bar, summary
 
 
 def train_tokenizer(config: Config, data_uri: str, root_uri: str, log: RunLog | None = None) -> str:
-    """Phase one of section 2.1. Returns the URI of the tokenizer: a Genie whose other parts are untrained.
+    """Phase one of section 2.1. Returns the URI of the tokenizer alone.
 
     Everything lies under `root_uri`, under names that the config and the data set decide: a finished tokenizer is
     reused, a killed run carries on. Raises ValueError for a data set that is missing or does not fit.
@@ -40,7 +40,7 @@ def train_tokenizer(config: Config, data_uri: str, root_uri: str, log: RunLog | 
 def train_world(config: Config, data_uri: str, tokenizer_uri: str, root_uri: str, log: RunLog | None = None) -> str:
     """Phase two of section 2.1: LAM and dynamics are co-trained on a frozen tokenizer. Returns the Genie's URI."""
     store = VideoStore.open(f"{data_uri}/train")
-    tokenizer = checkpoint.load_model(tokenizer_uri).tokenizer
+    tokenizer = checkpoint.load_tokenizer(tokenizer_uri)
     if tokenizer.config != config.tokenizer:
         raise ValueError(f"the tokenizer at {tokenizer_uri} was trained with another tokenizer config: train it anew")
     trained = ("data", "tokenizer", "train_tokenizer", "lam", "dynamics", "train_world", "sampling", "seed")
@@ -72,7 +72,7 @@ def _train(
         return model_uri
     loader = ClipLoader(store, stage.batch_size, genie.config.data.clip_length, seed=genie.config.seed)
     text = fit(trained, stage, loader, state, desc=step_name, seed=genie.config.seed, log=log or NoLog())
-    checkpoint.save_model(model_uri, genie)
+    checkpoint.save_model(model_uri, genie, trained)
     state.remove()
     summary(step_name, f"{text} -> {model_uri}")
     return model_uri

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genie_model import files
-from genie_model.checkpoint import TrainingState, load_model, save_model
+from genie_model.checkpoint import TrainingState, load_model, load_tokenizer, save_model
 from genie_model.config import Config
 from genie_model.data.coinrun import collect
 from genie_model.data.loader import ClipLoader
@@ -83,7 +83,7 @@ def test_both_stages_finish_are_reused_and_keep_the_tokenizer(
     root = str(tmp_path)
     tokenizer_uri = train_tokenizer(CONFIG, data_uri, root)
     world_uri = train_world(CONFIG, data_uri, tokenizer_uri, root)
-    before, after = load_model(tokenizer_uri).tokenizer, load_model(world_uri).tokenizer
+    before, after = load_tokenizer(tokenizer_uri), load_model(world_uri).tokenizer
     for name, value in before.state_dict().items():
         assert torch.equal(value, after.state_dict()[name]), name
     assert not files.exists(f"{root}/training/{Path(world_uri).name}")  # a finished run leaves no checkpoints
