@@ -57,7 +57,7 @@ def report(name: str, run: Callable[[], object], frames: int) -> None:
 
 def training_step(module: torch.nn.Module, stage: StageConfig, clip_length: int) -> Callable[[], None]:
     batch = np.random.default_rng(0).integers(0, 256, (stage.batch_size, clip_length, 64, 64, 3), dtype=np.uint8)
-    optimizer = make_optimizer(module.parameters(), stage.optimizer)
+    optimizer = make_optimizer(module, stage.optimizer)
     module.train()
 
     def run() -> None:

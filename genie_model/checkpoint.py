@@ -123,7 +123,9 @@ def _fill_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors
     for name, value in tensors.items():
         owner, _, key = name.rpartition("|")
         states.setdefault(owner, {})[key] = value
-    optimizer.state.update({p: states[name] for name, p in module.named_parameters() if name in states})
+    for name, parameter in module.named_parameters():
+        if name in states:
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in states[name].items()}
 
 
 def _write_tensors(uri: str, tensors: dict[str, Tensor]) -> None:

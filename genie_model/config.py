@@ -24,16 +24,16 @@ class ConfigNode(BaseModel):
 class DataConfig(ConfigNode):
     """Procgen CoinRun as App. F.1 collects it: hard mode, a uniform random policy, 10M frames over 10,000 levels."""
 
-    frame_size: int = Field(64, description="height and width in pixels; Procgen renders 64")
+    frame_size: int = Field(64, ge=8, description="height and width in pixels; Procgen renders 64")
     clip_length: int = Field(16, ge=2, description="frames per training clip (section 3)")
     train_levels: int = Field(10_000, ge=1, le=10_000, description="level seeds 0..train_levels-1, each visited once")
     eval_levels: int = Field(64, ge=1, description="held-out level seeds, from eval_first_level on")
-    eval_first_level: int = Field(1_000_000, ge=10_000, description="training seeds end at 9,999")
+    eval_first_level: int = Field(1_000_000, ge=10_000, le=2_000_000_000, description="training seeds end at 9,999")
     steps_per_level: int = Field(1_000, ge=2)
     eval_steps_per_level: int = Field(128, ge=2)
     action_hold: int = Field(1, ge=1, description="steps a random action is held; 1 = the paper's 'no action repeats'")
     levels_per_shard: int = Field(64, ge=1, description="levels simulated side by side and written to one tar")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class TransformerConfig(ConfigNode):
@@ -154,7 +154,7 @@ class Config(ConfigNode):
     """The whole experiment."""
 
     name: str
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig
     lam: LAMConfig
@@ -186,10 +186,6 @@ class Config(ConfigNode):
     def num_actions(self) -> int:
         """|A|, the number of latent actions."""
         return self.lam.codebook.num_codes
-
-    @property
-    def tokens_per_frame(self) -> int:
-        return (self.data.frame_size // self.tokenizer.patch_size) ** 2 * self.tokenizer.codes_per_patch
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -11,12 +10,13 @@ from torch import nn
 from genie_model.config import OptimizerConfig
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Weight decay acts on matrices only; gains, biases and positions are left alone."""
-    trained = [p for p in parameters if p.requires_grad]
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Weight decay acts on matrices of linear and embedding layers; gains, biases and positions are left alone."""
+    matrices = {m.weight for m in module.modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p in matrices], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p not in matrices], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), fused=True)
 

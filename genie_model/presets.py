@@ -65,8 +65,10 @@ def _demo() -> Config:
             transformer=TransformerConfig(num_layers=8, d_model=128, num_heads=2, head_dim=64), clean_frames=0.5
         ),
         sampling=SamplingConfig(maskgit_steps=8, temperature=0.5),
-        train_tokenizer=StageConfig(steps=2000, batch_size=4, optimizer=fast),
-        train_world=StageConfig(steps=1700, batch_size=4, optimizer=fast.model_copy(update={"max_lr": 1e-3})),
+        train_tokenizer=StageConfig(steps=2000, batch_size=4, optimizer=fast, checkpoint_every=200),
+        train_world=StageConfig(
+            steps=1700, batch_size=4, optimizer=fast.model_copy(update={"max_lr": 1e-3}), checkpoint_every=200
+        ),
         evaluation=EvaluationConfig(clips=128),
     )
 

@@ -92,7 +92,7 @@ def fit(
     """Trains `module` in place from its newest checkpoint to `stage.steps`; returns a line that says how it went."""
     native.keep_freed_memory()
     module.to(native.device()).train()
-    optimizer = make_optimizer(module.parameters(), stage.optimizer)
+    optimizer = make_optimizer(module, stage.optimizer)
     start = state.restore(module, optimizer)
     frames_per_step = stage.batch_size * loader.clip_length
     began, logs = time.monotonic(), dict[str, float]()

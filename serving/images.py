@@ -27,6 +27,8 @@ def frame_from_upload(upload: bytes, frame_size: int, max_pixels: int) -> Pixels
         raise _too_many_pixels(max_pixels) from None
     except UnidentifiedImageError:
         raise NotAnImageError(f"this is no picture that can be read: send {', '.join(_FORMATS)}") from None
+    except (OSError, SyntaxError, ValueError):  # a known format whose header is broken
+        raise BadRequestError("this picture is damaged: save it anew and send that") from None
     if image.width * image.height > max_pixels:
         raise _too_many_pixels(max_pixels)
     try:

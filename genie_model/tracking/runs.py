@@ -215,11 +215,19 @@ def _latest(client: MlflowClient, experiment_id: str, filter_string: str) -> Run
 def _provenance() -> dict[str, str]:
     """Where a run's code came from: git commit, library versions, machine."""
     tags = {f"version.{library}": importlib.metadata.version(library) for library in _LIBRARIES}
-    tags |= {"version.python": platform.python_version(), "mlflow.user": getpass.getuser()}
+    tags |= {"version.python": platform.python_version(), "mlflow.user": _user()}
     tags |= {"mlflow.source.name": "pipelines/coinrun.py", "mlflow.source.type": "PROJECT"}
     if commit := _git_commit():
         tags["mlflow.source.git.commit"] = commit
     return tags
+
+
+def _user() -> str:
+    """Who runs this; a container's random user id has no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def _git_commit() -> str:

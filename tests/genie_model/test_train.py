@@ -145,7 +145,7 @@ def test_broken_models_say_so(tmp_path: Path) -> None:
 
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = torch.nn.Linear(3, 3)
-    optimizer = make_optimizer(module.parameters(), CONFIG.train_world.optimizer)
+    optimizer = make_optimizer(module, CONFIG.train_world.optimizer)
     module(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     state = TrainingState(str(tmp_path))
@@ -165,7 +165,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypat
         with pytest.raises(Killed):
             state.save(8, module, optimizer)
         other = torch.nn.Linear(3, 3)
-        assert state.restore(other, make_optimizer(other.parameters(), CONFIG.train_world.optimizer)) == 4
+        assert state.restore(other, make_optimizer(other, CONFIG.train_world.optimizer)) == 4
         assert torch.equal(other.weight, old)
 
 
@@ -183,6 +183,15 @@ def test_a_full_disk_is_one_clear_line_and_keeps_what_was_there(
         files.write_atomic(str(target), b"new")
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_weight_decay_leaves_gains_biases_and_positions_alone() -> None:
+    genie = Genie(CONFIG)
+    decayed, left = (group["params"] for group in make_optimizer(genie, CONFIG.train_world.optimizer).param_groups)
+    names = {parameter: name for name, parameter in genie.named_parameters()}
+    assert {names[p].rpartition(".")[2] for p in decayed} == {"weight"}
+    assert len(decayed) + len(left) == len(names)
+    assert {"lam.encoder_position", "dynamics.position", "dynamics.transformer.norm.weight"} <= {names[p] for p in left}
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
