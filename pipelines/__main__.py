@@ -31,6 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse("stopped; the same command carries on", 130)
 
 
+def _port(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 1 to 65535")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -53,11 +59,15 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--tracking-uri", default="", help="MLflow server (default: MLFLOW_TRACKING_URI)")
         if name in ("run", "demo"):
             command.add_argument("--state", default=".genie", help="folder for everything local (default: .genie)")
-            command.add_argument("--no-cache", action="store_true", help="run finished steps again")
-            command.add_argument("--mlflow-port", type=int, default=5000, help="default: 5000, or the next free one")
+            command.add_argument(
+                "--no-cache",
+                action="store_true",
+                help="open finished steps again; what they made whole is still reused",
+            )
+            command.add_argument("--mlflow-port", type=_port, default=5000, help="default: 5000, or the next free one")
         if name == "demo":
             command.add_argument(
-                "--port", type=int, default=8000, help="the page's; default: 8000, or the next free one"
+                "--port", type=_port, default=8000, help="the page's; default: 8000, or the next free one"
             )
         if name == "compile":
             command.add_argument("--output", default="build/coinrun.yaml", help="default: build/coinrun.yaml")
@@ -113,7 +123,10 @@ def _demo(args: argparse.Namespace, config: Config) -> int:
 def _run_pipeline(args: argparse.Namespace, config: Config, state: Path, tracking_uri: str) -> None:
     root_uri = args.root or str(state)
     say(f"preset {args.preset}{''.join(f' {override}' for override in args.set)}; everything is kept in {root_uri}")
-    run_locally(config, args.preset, args.set, root_uri, tracking_uri, args.experiment, state, not args.no_cache)
+    named = getattr(args, "tracking_uri", None) or os.environ.get("MLFLOW_TRACKING_URI")
+    if args.command == "demo" or not named:  # the server is our own: its port may change, its database does not
+        named = str((state / "mlflow" / "mlflow.db").stat().st_ino)
+    run_locally(config, args.preset, args.set, root_uri, tracking_uri, args.experiment, state, not args.no_cache, named)
 
 
 @contextlib.contextmanager

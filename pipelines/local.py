@@ -46,10 +46,12 @@ def run_locally(
     experiment: str,
     state: Path,
     cache: bool,
+    recorded_in: str,
 ) -> None:
     """Runs the pipeline; steps that are in KFP's cache are skipped, an interrupted one carries on.
 
-    `state` keeps KFP's cache, its outputs and the full log. Raises PipelineError.
+    `state` keeps KFP's cache, its outputs and the full log; `recorded_in` names the MLflow store, for a step that was
+    recorded in another one is not finished here. Raises PipelineError.
     """
     from kfp import local
 
@@ -59,9 +61,9 @@ def run_locally(
     local.init(
         runner=local.SubprocessRunner(use_venv=False),
         pipeline_root=str(state / "kfp" / "outputs"),
-        enable_caching=cache,
-        # A cached result is what this code made of this config.
-        cache_root=str(state / "kfp" / "cache" / f"{config.digest()}-{_code_digest()}"),
+        enable_caching=cache and _still_whole(config, root_uri),
+        # A cached result is what this code made of this config, and told that MLflow store.
+        cache_root=str(state / "kfp" / "cache" / f"{config.digest()}-{_code_digest()}-{_digest(recorded_in)}"),
     )
     log_path = state / "logs" / f"{time.strftime('%Y-%m-%d-%H%M%S')}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +87,26 @@ def run_locally(
         except KeyboardInterrupt:
             _end_steps()
             raise
+
+
+def _still_whole(config: Config, root_uri: str) -> bool:
+    """Whether what cached steps would point to is there; if not, they must run, and make what is missing anew."""
+    from genie_model import files
+    from genie_model.data.store import VideoStore
+
+    data_uri = f"{root_uri}/datasets/coinrun-{config.digest('data')}"
+    if not files.exists(data_uri):
+        return not files.exists(f"{root_uri}/models")
+    try:
+        for split in ("train", "eval"):
+            VideoStore.open(f"{data_uri}/{split}")
+    except ValueError:
+        return False
+    return files.exists(f"{root_uri}/models")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -52,9 +53,11 @@ def play_server(state: Path, tracking_uri: str, port: int) -> int:
     if left := _left_behind(note):
         _stop(left["pid"])
     port = free_port(port, "the play page")
-    command = ["-m", "serving", "--host", _HOST, "--port", str(port), "--tracking-uri", tracking_uri]
+    # --wait: when the first model was refused, the page says so, and MLflow's page can still promote it by hand.
+    command = ["-m", "serving", "--host", _HOST, "--port", str(port), "--tracking-uri", tracking_uri, "--wait", "true"]
+    environment = {"GENIE_CACHE_DIR": str(state / "cache"), **os.environ}
     # A session of its own: Ctrl-C reaches this process, which then ends it in good order.
-    process = subprocess.Popen([sys.executable, *command], start_new_session=True)
+    process = subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True)
     try:
         _write_note(note, process.pid, port)
         return process.wait()
@@ -68,11 +71,15 @@ def free_port(wanted: int, what: str) -> int:
     for port in range(wanted, wanted + 20):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
+            try:
                 probe.bind((_HOST, port))
-                if port != wanted:
-                    say(f"port {wanted} is in use by another program: {what} takes {port}")
-                return port
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise ValueError(f"port {port} cannot be used for {what}: {error.strerror}") from None
+            if port != wanted:
+                say(f"port {wanted} is in use by another program: {what} takes {port}")
+            return port
     raise ValueError(f"ports {wanted} to {wanted + 19} are all in use: name another one for {what}")
 
 

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValidationError as error:
         problems = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
         return _refuse("; ".join(problems))
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: a URI whose fsspec driver is not installed
         return _refuse(str(error))
 
     host = settings.host.replace("0.0.0.0", "localhost")

@@ -160,8 +160,11 @@ def champion(
 
     Raises ValueError, one line that says what to do, when the server, the model or the alias is missing.
     """
-    client = connect(tracking_uri)
-    version = _aliased(client, model_name, alias)
+    try:
+        client = connect(tracking_uri)
+        version = _aliased(client, model_name, alias)
+    except MlflowException as error:
+        raise ValueError(f"MLflow cannot be asked for the model: {' '.join(str(error).split())[:300]}") from None
     if version is None:
         raise ValueError(
             f"no version of model {model_name!r} has the alias {alias!r}: run the pipeline (`make demo`), "
