@@ -264,7 +264,9 @@ def rollout(genie: Genie, prompts_BTHWC: Frames, actions_BT: NDArray[np.int64], 
     dreamt = []
     with bar(desc=f"evaluate: {desc}", unit="frame", total=actions_BT.size) as progress:
         for begin in range(0, len(prompts_BTHWC), _BATCH):
-            state = genie.start(torch.from_numpy(prompts_BTHWC[begin : begin + _BATCH]), seed=seed + begin)
+            prompts = torch.from_numpy(prompts_BTHWC[begin : begin + _BATCH])
+            # Chances of their own: the bootstrap takes levels for independent.
+            state = genie.start(prompts, seed=range(seed + begin, seed + begin + len(prompts)))
             frames = []
             for action_B in torch.from_numpy(actions_BT[begin : begin + _BATCH]).unbind(1):
                 frames.append(genie.step(state, action_B).numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +20,7 @@ from genie_model.tokenizer import VideoTokenizer
 class PlayState:
     """A world in play: the pasts of both transformers, and what decides its chances."""
 
-    seed: int
+    seeds: tuple[int, ...]  # one for all worlds, or one for each
     t: int  # frames so far, prompt included
     frame_BHWC: Tensor  # uint8, the latest
     dynamics: TemporalCache = field(repr=False)
@@ -33,6 +34,7 @@ class PlayState:
         """`times` copies of every world side by side (B becomes B * times), to take another action in each."""
         return replace(
             self,
+            seeds=self.seeds if len(self.seeds) == 1 else tuple(s for s in self.seeds for _ in range(times)),
             frame_BHWC=self.frame_BHWC.repeat_interleave(times, 0),
             dynamics=self.dynamics.repeat(times),
             decoder=self.decoder.repeat(times),
@@ -74,15 +76,21 @@ class Genie(nn.Module):
         return lam_loss + dynamics_loss, logs
 
     @torch.inference_mode()
-    def start(self, frames_BTHWC: Tensor, seed: int = 0) -> PlayState:
-        """Enters the world of a prompt: T >= 1 uint8 frames. The actions between several are inferred by the LAM."""
+    def start(self, frames_BTHWC: Tensor, seed: int | Sequence[int] = 0) -> PlayState:
+        """Enters the world of a prompt: T >= 1 uint8 frames. The actions between several are inferred by the LAM.
+
+        `seed` decides the chances: one for all worlds of the batch, or one for each (ValueError for another number).
+        """
+        seeds = (seed,) if isinstance(seed, int) else tuple(seed)
+        if len(seeds) not in (1, len(frames_BTHWC)):
+            raise ValueError(f"{len(seeds)} seeds for {len(frames_BTHWC)} worlds: give one, or one for each")
         codes_BTNC = self.tokenizer.encode(_to_unit(frames_BTHWC))
         actions_BTL = torch.zeros(
             *frames_BTHWC.shape[:2], self.config.lam.codebook.latent_dim, device=codes_BTNC.device
         )
         if frames_BTHWC.shape[1] > 1:
             actions_BTL[:, 1:] = self.lam.quantizer.embed(self.infer_actions(frames_BTHWC))
-        state = PlayState(seed, 0, frames_BTHWC[:, -1], TemporalCache(), TemporalCache())
+        state = PlayState(seeds, 0, frames_BTHWC[:, -1], TemporalCache(), TemporalCache())
         self._commit(state, codes_BTNC, actions_BTL)
         return state
 
@@ -90,15 +98,15 @@ class Genie(nn.Module):
     def step(self, state: PlayState, action_B: Tensor) -> Tensor:
         """Takes int64 actions in [0, |A|); returns, and makes the state's, the next uint8 frames (B, H, W, 3).
 
-        A frame is a pure function of the prompt, the actions so far and `state.seed`. Raises ValueError for an action
+        A frame is a pure function of the prompt, the actions so far and its seed. Raises ValueError for an action
         out of range.
         """
         if not 0 <= int(action_B.min()) <= int(action_B.max()) < self.config.num_actions:
             raise ValueError(f"actions must be in 0..{self.config.num_actions - 1}, got {action_B.tolist()}")
         action_BL = self.lam.quantizer.embed(action_B)
-        generator = torch.Generator().manual_seed((state.seed * 1_000_003 + state.t) % 2**63)
+        chances = [torch.Generator().manual_seed((seed * 1_000_003 + state.t) % 2**63) for seed in state.seeds]
         codes_B1NC = sample_frame(
-            self.dynamics, self.config.sampling, state.dynamics, action_BL, self.tokenizer.num_patches, generator
+            self.dynamics, self.config.sampling, state.dynamics, action_BL, self.tokenizer.num_patches, chances
         )
         self._commit(state, codes_B1NC, action_BL[:, None])
         return state.frame_BHWC

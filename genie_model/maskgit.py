@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,13 +19,15 @@ def sample_frame(
     cache: TemporalCache,
     action_BL: Tensor,
     num_patches: int,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> Tensor:
     """The next frame's codes (B, 1, N, C), given the past in `cache` and the action's latent; the cache is not changed.
 
     Every step samples all unknown tokens, keeps those it is surest of and masks the rest again; the share that stays
     masked falls as a cosine. Confidence carries Gumbel noise that anneals to zero, else the surest, dullest tokens come
-    first every time. Shapes are fixed and the choice is by rank, so one compiled graph serves every step.
+    first every time. One generator draws for all worlds of the batch, or each world has its own: either way, what a
+    world becomes does not hang on what is batched beside it. Shapes are fixed and the choice is by rank, so one
+    compiled graph serves every step.
     """
     shape = (action_BL.shape[0], 1, num_patches, dynamics.codes_per_patch)
     device = action_BL.device
@@ -34,12 +37,12 @@ def sample_frame(
         progress = (step + 1) / config.maskgit_steps
         logits = dynamics.logits(dynamics.hidden(codes, action_BL[:, None], cache)).float()
         log_probs = (logits / max(config.temperature, 1e-4)).log_softmax(-1)
-        noise = _gumbel(logits.shape, generator, device) if config.temperature > 0 else 0.0
+        noise = _gumbel(logits.shape, generators, device) if config.temperature > 0 else 0.0
         sampled = (log_probs + noise).argmax(-1)
         unknown = codes == dynamics.mask_token
         sampled = torch.where(unknown, sampled, codes)
         confidence = log_probs.gather(-1, sampled.clamp_max(dynamics.num_codes - 1)[..., None]).squeeze(-1)
-        confidence = confidence + config.order_noise * (1 - progress) * _gumbel(shape, generator, device)
+        confidence = confidence + config.order_noise * (1 - progress) * _gumbel(shape, generators, device)
         confidence = torch.where(unknown, confidence, torch.inf)
         masked_next = min(int(tokens * math.cos(progress * math.pi / 2)), tokens - step - 1)
         rank = confidence.flatten(1).argsort(-1).argsort(-1).view(shape)
@@ -47,7 +50,6 @@ def sample_frame(
     return codes
 
 
-def _gumbel(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """One draw for all worlds of a batch: what a world becomes does not hang on what is batched beside it."""
-    uniform = torch.rand(shape[1:], generator=generator).to(device)
+def _gumbel(shape: tuple[int, ...], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+    uniform = torch.stack([torch.rand(shape[1:], generator=generator) for generator in generators]).to(device)
     return -(-(uniform + 1e-10).log() + 1e-10).log().expand(shape)

@@ -82,6 +82,15 @@ def test_a_preview_is_what_pressing_the_key_then_does(genie: Genie, frames: Tens
     assert torch.equal(genie.step(state, torch.tensor([2])), previews[2:3])
 
 
+def test_a_world_with_its_own_seed_is_the_same_alone_and_in_a_batch(genie: Genie, frames: Tensor) -> None:
+    both, alone = genie.start(frames, seed=(5, 6)), genie.start(frames[1:], seed=6)
+    for actions in ([0, 1], [2, 3]):
+        together = genie.step(both, torch.tensor(actions))
+        assert torch.equal(together[1:], genie.step(alone, torch.tensor(actions[1:])))
+    with pytest.raises(ValueError, match="3 seeds for 2 worlds"):
+        genie.start(frames, seed=(1, 2, 3))
+
+
 @pytest.mark.parametrize("action", [-1, CONFIG.num_actions])
 def test_an_action_out_of_range_is_refused(genie: Genie, frames: Tensor, action: int) -> None:
     with pytest.raises(ValueError, match=r"actions must be in 0\.\.3"):
@@ -94,7 +103,7 @@ def test_the_sampler_fills_every_token_in_any_number_of_steps(genie: Genie, fram
     with torch.inference_mode():
         sampling = CONFIG.sampling.model_copy(update={"maskgit_steps": steps})
         codes = sample_frame(
-            genie.dynamics, sampling, state.dynamics, torch.zeros(2, 32), 16, torch.Generator().manual_seed(0)
+            genie.dynamics, sampling, state.dynamics, torch.zeros(2, 32), 16, [torch.Generator().manual_seed(0)]
         )
     assert codes.shape == (2, 1, 16, CONFIG.tokenizer.codes_per_patch)
     assert 0 <= int(codes.min()) <= int(codes.max()) < CONFIG.tokenizer.codebook.num_codes
@@ -106,7 +115,7 @@ def test_temperature_zero_is_certain(genie: Genie, frames: Tensor) -> None:
     with torch.inference_mode():
         draws = [
             sample_frame(
-                genie.dynamics, sampling, state.dynamics, torch.zeros(2, 32), 16, torch.Generator().manual_seed(s)
+                genie.dynamics, sampling, state.dynamics, torch.zeros(2, 32), 16, [torch.Generator().manual_seed(s)]
             )
             for s in (0, 1)
         ]
