@@ -53,17 +53,22 @@ def play_server(state: Path, tracking_uri: str, port: int) -> int:
     if left := _left_behind(note):
         _stop(left["pid"])
     port = free_port(port, "the play page")
-    # --wait: when the first model was refused, the page says so, and MLflow's page can still promote it by hand.
-    command = ["-m", "serving", "--host", _HOST, "--port", str(port), "--tracking-uri", tracking_uri, "--wait", "true"]
     environment = {"GENIE_CACHE_DIR": str(state / "cache"), **os.environ}
     # A session of its own: Ctrl-C reaches this process, which then ends it in good order.
-    process = subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, *play_command(port, tracking_uri)], env=environment, start_new_session=True
+    )
     try:
         _write_note(note, process.pid, port)
         return process.wait()
     finally:
         _stop(process.pid)
         note.unlink(missing_ok=True)
+
+
+def play_command(port: int, tracking_uri: str) -> list[str]:
+    """Python's arguments. --wait: after a refused first model the page opens all the same, for a promotion by hand."""
+    return ["-m", "serving", "--host", _HOST, "--port", str(port), "--tracking-uri", tracking_uri, "--wait"]
 
 
 def free_port(wanted: int, what: str) -> int:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pydantic_settings import CliApp
 
 from pipelines.local import locked
-from pipelines.servers import free_port, mlflow_server
+from pipelines.servers import free_port, mlflow_server, play_command
+from serving.settings import Settings
 
 HOLD = "import sys, time; from pathlib import Path; from pipelines.servers import mlflow_server\n"
 HOLD += "with mlflow_server(Path(sys.argv[1]), 5600) as url: print(url, flush=True); time.sleep(120)"
@@ -48,3 +50,10 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         pass
     with locked(tmp_path):
         pass
+
+
+def test_the_play_service_understands_how_the_demo_starts_it() -> None:
+    module, *arguments = play_command(8123, "http://127.0.0.1:5000")[1:]
+    settings = CliApp.run(Settings, cli_args=arguments)
+    assert module == "serving"
+    assert (settings.port, settings.tracking_uri, settings.wait) == (8123, "http://127.0.0.1:5000", True)
