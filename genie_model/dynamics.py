@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from genie_model.config import DynamicsConfig
 from genie_model.layers import STTransformer, TemporalCache
+
+_ROWS = 256  # positions whose logits are held at once
 
 
 class DynamicsModel(nn.Module):
@@ -48,28 +53,27 @@ class DynamicsModel(nn.Module):
         share of the frames unmasked.
         """
         low, high = self.config.mask_rate_min, self.config.mask_rate_max
-        B = codes_BTNC.shape[0]
-        rate_B = low + (high - low) * torch.rand(B, 1, 1, 1, device=codes_BTNC.device)
-        mask_BTNC = torch.rand(codes_BTNC.shape, device=codes_BTNC.device) < rate_B
-        dirty_BT11 = (
-            torch.rand(codes_BTNC.shape[:2], device=codes_BTNC.device)[..., None, None] >= self.config.clean_frames
-        )
-        mask_BTNC = mask_BTNC & dirty_BT11
-        mask_BTNC[:, 0] = False
+        B, T, device = *codes_BTNC.shape[:2], codes_BTNC.device
+        rate_B = low + (high - low) * torch.rand(B, 1, 1, 1, device=device)
+        mask_BTNC = torch.rand(codes_BTNC.shape, device=device) < rate_B
+        # A fixed number of frames of the whole batch are masked, so that shapes do not change from step to step.
+        dirty = max(round((1 - self.config.clean_frames) * B * (T - 1)), 1)
+        dirty_F = torch.randperm(B * (T - 1), device=device)[:dirty]
+        dirty_F = dirty_F // (T - 1) * T + dirty_F % (T - 1) + 1  # indices into the B * T frames, never a first one
+        mask_FNC = mask_BTNC.flatten(0, 1)[dirty_F]
+        mask_BTNC = torch.zeros_like(mask_BTNC).flatten(0, 1).index_copy(0, dirty_F, mask_FNC).view_as(mask_BTNC)
         seen_BTNC = torch.where(mask_BTNC, self.mask_token, codes_BTNC)
-        actions_BTL = F.pad(actions_BTL.detach(), (0, 0, 1, 0))
-        logits_BTNCV = self.logits(self.hidden(seen_BTNC, actions_BTL)[:, 1:])
-        loss_BTNC = F.cross_entropy(
-            logits_BTNCV.float().flatten(0, -2), codes_BTNC[:, 1:].flatten(), reduction="none"
-        ).view_as(codes_BTNC[:, 1:])
-        weight_BTNC = mask_BTNC[:, 1:].float()
-        weight_BTNC = weight_BTNC / weight_BTNC.sum().clamp_min(1)
-        loss = (loss_BTNC * weight_BTNC).sum()
-        # The true code's logit is the largest; bfloat16 argmax is ten times slower than max here.
-        true_BTNC = logits_BTNCV.gather(-1, codes_BTNC[:, 1:, ..., None]).squeeze(-1)
-        right_BTNC = (true_BTNC >= logits_BTNCV.amax(-1)).float()
-        accuracy = (right_BTNC * weight_BTNC).sum()
-        return loss, {"cross_entropy": loss.detach(), "masked_accuracy": accuracy.detach()}
+        hidden_BTND = self.hidden(seen_BTNC, F.pad(actions_BTL.detach(), (0, 0, 1, 0)))
+        weight_XC = mask_FNC.flatten(0, 1).float()
+        weight_XC = weight_XC / weight_XC.sum().clamp_min(1)
+        loss, accuracy = _MaskedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden_BTND.flatten(0, 1)[dirty_F].flatten(0, 1),
+            self.logits_out.weight,
+            self.logits_out.bias,
+            codes_BTNC.flatten(0, 1)[dirty_F].flatten(0, 1),
+            weight_XC,
+        )
+        return loss, {"cross_entropy": loss.detach(), "masked_accuracy": accuracy}
 
     def hidden(
         self, codes_BTNC: Tensor, actions_BTL: Tensor, cache: TemporalCache | None = None, commit: bool = False
@@ -84,3 +88,41 @@ class DynamicsModel(nn.Module):
         """(..., D) -> (..., C, V)."""
         logits: Tensor = self.logits_out(hidden_BTND)
         return logits.reshape(*logits.shape[:-1], self.codes_per_patch, self.num_codes)
+
+
+class _MaskedCrossEntropy(torch.autograd.Function):
+    """The weighted cross-entropy of a linear layer's outputs, and their weighted accuracy.
+
+    Logits are the largest tensors of the model (V times its tokens). Here they live a few rows at a time and their
+    gradient is taken on the spot, so they never leave the CPU's cache, nor fill an accelerator's memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden_XD: Tensor, weight_ED: Tensor, bias_E: Tensor, codes_XC: Tensor, weight_XC: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """E = C * V outputs; each of the C groups of a row names one code."""
+        loss, right = hidden_XD.new_zeros((), dtype=torch.float32), hidden_XD.new_zeros((), dtype=torch.float32)
+        cast_ED, bias_E = weight_ED.to(hidden_XD.dtype), bias_E.to(hidden_XD.dtype)
+        hidden_grad, weight_grad, bias_grad = [], torch.zeros_like(weight_ED), torch.zeros_like(weight_ED[:, 0])
+        for start in range(0, len(hidden_XD), _ROWS):
+            hidden, codes, weight = (x[start : start + _ROWS] for x in (hidden_XD, codes_XC, weight_XC))
+            logits_XCV = torch.addmm(bias_E, hidden, cast_ED.T).view(*codes.shape, -1).float()
+            log_probs_XCV = logits_XCV.log_softmax(-1)
+            true_XC1 = log_probs_XCV.gather(-1, codes[..., None])
+            loss -= (true_XC1[..., 0] * weight).sum()
+            right += ((true_XC1[..., 0] >= log_probs_XCV.amax(-1)) * weight).sum()
+            grad_XCV = log_probs_XCV.exp_()
+            grad_XCV.scatter_add_(-1, codes[..., None], -torch.ones_like(true_XC1))
+            grad_XE = grad_XCV.mul_(weight[..., None]).flatten(1).to(hidden.dtype)
+            hidden_grad.append(grad_XE @ cast_ED)
+            weight_grad += grad_XE.T @ hidden
+            bias_grad += grad_XCV.flatten(1).sum(0)
+        ctx.save_for_backward(torch.cat(hidden_grad), weight_grad, bias_grad)
+        ctx.mark_non_differentiable(right)
+        return loss, right
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor, right_grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
+        return hidden_grad * loss_grad.to(hidden_grad.dtype), weight_grad * loss_grad, bias_grad * loss_grad, None, None

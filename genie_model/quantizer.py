@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from genie_model.config import CodebookConfig
 
+_ROWS = 2048  # latents compared with the codebook at once
+
 
 class Quantized(NamedTuple):
     latents: Tensor  # (..., L), straight-through: values of the codes, gradients to the encoder
@@ -71,7 +73,11 @@ class VectorQuantizer(nn.Module):
         return F.layer_norm(x, (self.config.latent_dim,))
 
     def _nearest(self, x_XL: Tensor) -> Tensor:
-        return (2 * x_XL @ self.codebook_VL.T - self.codebook_VL.square().sum(-1)).argmax(-1)
+        """The nearest code of each row, a few rows at a time: the distances to all codes stay in the CPU's cache."""
+        bias_V, twice_LV = -self.codebook_VL.square().sum(-1), 2 * self.codebook_VL.T
+        starts = range(0, len(x_XL), _ROWS)
+        # max is three times as fast as argmax here
+        return torch.cat([torch.addmm(bias_V, x_XL[i : i + _ROWS], twice_LV).max(-1).indices for i in starts])
 
     def _per_code(self, codes_X: Tensor, x_XL: Tensor) -> Tensor:
         """The sum of the rows of each code: (V, L)."""

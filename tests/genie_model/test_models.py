@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genie_model import dynamics
 from genie_model.config import CodebookConfig
 from genie_model.genie import Genie
 from genie_model.lam import block_matching
@@ -114,6 +116,24 @@ def test_the_loss_counts_masked_tokens_of_later_frames_only(genie: Genie, clips:
     assert min(rates) > 0.4
     assert max(rates) <= 1.0
     assert 0.7 < sum(rates) / len(rates) < 0.8  # the mean of U[0.5, 1)
+
+
+def test_the_masked_loss_is_torchs_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In value, accuracy and every gradient, although it holds a few rows of logits at a time."""
+    monkeypatch.setattr(dynamics, "_ROWS", 3)
+    torch.manual_seed(0)
+    hidden, layer = torch.randn(8, 5, requires_grad=True), nn.Linear(5, 2 * 7)
+    codes, weights = torch.randint(7, (8, 2)), torch.rand(8, 2)
+    wanted = (hidden, layer.weight, layer.bias)
+    loss, accuracy = dynamics._MaskedCrossEntropy.apply(*wanted, codes, weights)
+    logits = layer(hidden).view(8, 2, 7)
+    reference = (F.cross_entropy(logits.transpose(1, 2), codes, reduction="none") * weights).sum()
+    torch.testing.assert_close(loss, reference)
+    torch.testing.assert_close(accuracy, ((logits.argmax(-1) == codes) * weights).sum())
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * loss, wanted), torch.autograd.grad(3 * reference, wanted), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_quantizer_is_straight_through_and_revives_dead_codes() -> None:
