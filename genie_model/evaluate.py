@@ -42,10 +42,12 @@ class Evaluation:
 def evaluate(config: Config, model_uri: str, data_uri: str, log: RunLog = NoLog()) -> Evaluation:  # noqa: B008
     """Measures the model at `model_uri` on `data_uri`/eval as `config.evaluation` says, and logs what it finds.
 
-    Also writes the held-out start frames into the model's folder. Raises ValueError when model or data are missing or
-    broken, or too few for what is asked.
+    Frames are sampled as `config.sampling` says, whatever the model was trained beside. Also writes the held-out start
+    frames into the model's folder. Raises ValueError when model or data are missing or broken, or too few for what is
+    asked.
     """
     genie = load_model(model_uri)
+    genie.config = genie.config.model_copy(update={"sampling": config.sampling})
     held_out = HeldOut.open(f"{data_uri}/eval")
     evaluation = measure(config, genie, held_out)
     save_start_frames(model_uri, data_uri, config)

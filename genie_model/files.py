@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import PurePosixPath
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -41,6 +42,12 @@ def read(uri: str) -> bytes:
 def exists(uri: str) -> bool:
     fs, path = url_to_fs(uri)
     return bool(fs.exists(path))
+
+
+def names(uri: str) -> list[str]:
+    """Of what lies in the folder, sorted; none when there is no such folder."""
+    fs, path = url_to_fs(uri)
+    return sorted(PurePosixPath(entry).name for entry in fs.ls(path, detail=False)) if fs.exists(path) else []
 
 
 def remove_tree(uri: str) -> None:

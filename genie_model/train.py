@@ -7,13 +7,14 @@ the step's number. So a run that was killed and started again ends in the very w
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from genie_model import checkpoint
+from genie_model import checkpoint, files
 from genie_model.backend import native
 from genie_model.checkpoint import TrainingState
 from genie_model.config import Config, StageConfig
@@ -22,29 +23,47 @@ from genie_model.data.store import VideoStore
 from genie_model.genie import Genie
 from genie_model.optim import learning_rate, make_optimizer
 from genie_model.progress import NoLog, RunLog, bar, summary
+from genie_model.source import code_digest
+
+# The code that decides the weights of each model.
+_TOKENIZER_CODE = (
+    "backend/native.py",
+    "data/loader.py",
+    "layers.py",
+    "optim.py",
+    "quantizer.py",
+    "tokenizer.py",
+    "train.py",
+)
+_GENIE_CODE = (*_TOKENIZER_CODE, "dynamics.py", "genie.py", "lam.py")
+_WATCHING = ("log_every", "checkpoint_every")  # how often training is looked at, not what it ends in
 
 
 def train_tokenizer(config: Config, data_uri: str, root_uri: str, log: RunLog | None = None) -> str:
     """Phase one of section 2.1. Returns the URI of the tokenizer alone.
 
-    Everything lies under `root_uri`, under names that the config and the data set decide: a finished tokenizer is
-    reused, a killed run carries on. Raises ValueError for a data set that is missing or does not fit.
+    Everything lies under `root_uri`, under names that follow from what decides the weights (`_name`): a finished
+    tokenizer is reused, a killed run carries on. Raises ValueError for a data set that is missing or does not fit.
     """
     store = VideoStore.open(f"{data_uri}/train")
-    name = _name("tokenizer", store, config.digest("data", "tokenizer", "train_tokenizer", "seed"))
+    name = _name("tokenizer", store, config, ("data", "tokenizer", "train_tokenizer", "seed"), _TOKENIZER_CODE)
     torch.manual_seed(config.seed)
     genie = Genie(config)
     return _train("train-tokenizer", name, genie, genie.tokenizer, config.train_tokenizer, store, root_uri, log)
 
 
 def train_world(config: Config, data_uri: str, tokenizer_uri: str, root_uri: str, log: RunLog | None = None) -> str:
-    """Phase two of section 2.1: LAM and dynamics are co-trained on a frozen tokenizer. Returns the Genie's URI."""
+    """Phase two of section 2.1: LAM and dynamics are co-trained on a frozen tokenizer. Returns the Genie's URI.
+
+    A reused Genie's `config.json` is the one it was trained with; what it shares with `config` is all that its weights
+    depend on. The rest, `sampling` first of all, is for the caller to take from `config`.
+    """
     store = VideoStore.open(f"{data_uri}/train")
     tokenizer = checkpoint.load_tokenizer(tokenizer_uri)
     if tokenizer.config != config.tokenizer:
         raise ValueError(f"the tokenizer at {tokenizer_uri} was trained with another tokenizer config: train it anew")
-    trained = ("data", "tokenizer", "train_tokenizer", "lam", "dynamics", "train_world", "sampling", "seed")
-    name = _name("genie", store, config.digest(*trained))
+    trained = ("data", "tokenizer", "train_tokenizer", "lam", "dynamics", "train_world", "seed")
+    name = _name("genie", store, config, trained, _GENIE_CODE)
     torch.manual_seed(config.seed)
     genie = Genie(config)
     genie.tokenizer.load_state_dict(tokenizer.state_dict())
@@ -52,8 +71,21 @@ def train_world(config: Config, data_uri: str, tokenizer_uri: str, root_uri: str
     return _train("train-world", name, genie, genie, config.train_world, store, root_uri, log)
 
 
-def _name(kind: str, store: VideoStore, config_digest: str) -> str:
-    return f"{kind}-{hashlib.sha256((store.digest + config_digest).encode()).hexdigest()[:12]}"
+def _name(kind: str, store: VideoStore, config: Config, parts: tuple[str, ...], code: tuple[str, ...]) -> str:
+    """<kind>-<digest of the data and of those parts of the config>-<digest of the code>.
+
+    The three decide the weights, up to rounding that differs between machines and versions of torch. How a model is
+    sampled, evaluated or watched does not. Comments do not count as code, but any other change of those files does,
+    even where it leaves the weights alone: to train once too often is told and seen, an old model that passes for a
+    new one is not. What other code trained stays where it is.
+    """
+    fields = {
+        name: value
+        for name, value in config.flat().items()
+        if name.partition(".")[0] in parts and name.rpartition(".")[2] not in _WATCHING
+    }
+    trained = hashlib.sha256(f"{store.digest} {json.dumps(fields, sort_keys=True)}".encode()).hexdigest()[:12]
+    return f"{kind}-{trained}-{code_digest(code)}"
 
 
 def _train(
@@ -68,14 +100,27 @@ def _train(
 ) -> str:
     model_uri, state = f"{root_uri}/models/{name}", TrainingState(f"{root_uri}/training/{name}")
     if checkpoint.is_model(model_uri):
-        summary(step_name, f"reused {model_uri}: it was trained with this very config on this very data")
+        summary(step_name, f"reused {model_uri}: this very code trained it with this config on this data")
         return model_uri
+    if not state.latest_step() and (others := _by_other_code(name, root_uri)):
+        summary(step_name, f"trains anew, for the code has changed since {', '.join(others)}: kept where it is")
     loader = ClipLoader(store, stage.batch_size, genie.config.data.clip_length, seed=genie.config.seed)
     text = fit(trained, stage, loader, state, desc=step_name, seed=genie.config.seed, log=log or NoLog())
     checkpoint.save_model(model_uri, genie, trained)
     state.remove()
     summary(step_name, f"{text} -> {model_uri}")
     return model_uri
+
+
+def _by_other_code(name: str, root_uri: str) -> list[str]:
+    """URIs of the models, and of the unfinished training, that differ from `name` in their code alone."""
+    same = name.rpartition("-")[0] + "-"
+    return [
+        f"{root_uri}/{folder}/{other}"
+        for folder in ("models", "training")
+        for other in files.names(f"{root_uri}/{folder}")
+        if other.startswith(same) and other != name
+    ]
 
 
 def fit(

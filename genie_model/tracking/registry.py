@@ -59,14 +59,16 @@ class Decision:
 def register(model_uri: str, metrics: Mapping[str, float], run: StepRun, name: str = "genie") -> str:
     """Makes the folder at `model_uri` a version of the registered model `name`; returns the version's number.
 
-    The version belongs to the pipeline's run and carries the held-out `metrics` that promotion compares. A folder that
-    is registered already keeps its version. Raises ValueError when the folder is missing.
+    The version belongs to the pipeline's run, samples as its config says, and carries the held-out `metrics` that
+    promotion compares. A model that is registered already keeps its version. Raises ValueError when the folder is
+    missing.
     """
     client = run.client
     mlflow.set_tracking_uri(client.tracking_uri)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, _FOLDER)
         _fetch(model_uri, folder)
+        _set_sampling(folder, run.config)
         digest = _digest(folder)
         if known := _version_with(client, name, digest):
             mlflow.log_metrics(dict(metrics), run_id=run.parent_id, model_id=_model_id(known))
@@ -237,6 +239,13 @@ def _fetch(model_uri: str, folder: Path) -> None:
         if not files.exists(f"{path}/{needed}"):
             raise ValueError(f"{model_uri} is no model folder ({needed} is missing): train it again")
     files.get(f"{path.rstrip('/')}/", str(folder), recursive=True)
+
+
+def _set_sampling(folder: Path, config: Config) -> None:
+    """A reused model may have been trained beside another sampling, which its weights do not depend on."""
+    path = folder / "config.json"
+    trained = Config.from_json(path.read_text())
+    path.write_text(trained.model_copy(update={"sampling": config.sampling}).to_json())
 
 
 def _digest(folder: Path) -> str:

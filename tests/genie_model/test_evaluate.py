@@ -194,6 +194,16 @@ def test_an_evaluation_is_repeatable(real):
     assert first == second
 
 
+def test_frames_are_sampled_as_the_evaluation_s_config_says(real, tmp_path):
+    model_uri, data_uri = real
+    greedy = CONFIG.with_overrides("sampling.temperature=0", "sampling.order_noise=0")
+    torch.manual_seed(0)
+    save_model(f"{tmp_path}/greedy", Genie(greedy))
+    reused = evaluate(greedy, model_uri, data_uri).metrics
+    assert reused == evaluate(greedy, f"{tmp_path}/greedy", data_uri).metrics
+    assert reused != evaluate(CONFIG, model_uri, data_uri).metrics
+
+
 def test_missing_model_or_data_is_one_clear_error(real, tmp_path):
     model_uri, data_uri = real
     with pytest.raises(ValueError, match="no model at"):

@@ -17,7 +17,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from genie_model.checkpoint import save_model
+from genie_model.checkpoint import load_model, save_model
 from genie_model.genie import Genie
 from genie_model.presets import get_preset
 from genie_model.progress import RUNNER_VARIABLE
@@ -189,6 +189,15 @@ def test_registry_and_alias(store: Path, model_uri: str, monkeypatch: pytest.Mon
     assert dreamt.dtype == np.uint8
     with pytest.raises(ValueError, match=r"numbers in 0\.\.3"):
         loaded.predict({"frames": prompt, "actions": np.array([4])})
+
+
+def test_a_version_samples_as_its_run_s_config_says(store: Path, model_uri: str) -> None:
+    with step("register", "tiny", ["sampling.temperature=0.25"], root_uri="here") as run:
+        version = register(model_uri, GOOD, run, name="sampled")
+        assert register(model_uri, GOOD, run, name="sampled") == version
+        run.client.set_registered_model_alias("sampled", "champion", version)
+    trained, registered = load_model(model_uri).config, load_model(champion("sampled").folder).config
+    assert registered == trained.with_overrides("sampling.temperature=0.25") != trained
 
 
 def test_no_server_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
