@@ -20,6 +20,7 @@ from genie_model.config import Config, DataConfig
 from genie_model.data.shards import (
     CHUNK_FRAMES,
     Episode,
+    Meta,
     has_index,
     missing_shards,
     read_index,
@@ -100,7 +101,12 @@ def random_actions(data: DataConfig, split: Split, level: int, steps: int) -> ND
 
 def _collect_split(config: Config, split: Split, uri: str, log: RunLog) -> None:
     data, split_uri = config.data, f"{uri}/{split}"
-    meta = {"source": "coinrun", "split": split, "frame_shape": list(FRAME_SHAPE), "data": data.model_dump(mode="json")}
+    meta: Meta = {
+        "source": "coinrun",
+        "split": split,
+        "frame_shape": list(FRAME_SHAPE),
+        "data": data.model_dump(mode="json"),
+    }
     declared = has_index(split_uri)
     if declared and read_index(split_uri)[0]["meta"] != meta:
         raise ValueError(f"{split_uri} was collected with another config: delete it, or collect elsewhere")

@@ -24,11 +24,57 @@ import fsspec
 import numpy as np
 from fsspec.core import url_to_fs
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # the one that pydantic reads before Python 3.12
 
 from genie_model.files import write_atomic
 
 FORMAT = 1
 CHUNK_FRAMES = 32
+
+
+class File(TypedDict):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Chunks(TypedDict):
+    """How an episode is cut; `chunks` are sizes in bytes."""
+
+    num_frames: int
+    first_chunk: int
+    chunks: list[int]
+
+
+class Entry(Chunks):
+    offset: int  # of the first chunk in the tar
+
+
+class Manifest(File):
+    """A shard-00000.json; name, bytes and sha256 are the tar's."""
+
+    format: int
+    truth: File
+    episodes: list[Entry]
+
+
+class Meta(TypedDict):
+    """What was collected."""
+
+    source: str
+    split: str
+    frame_shape: list[int]
+    data: dict[str, Any]
+
+
+class Index(TypedDict):
+    format: int
+    meta: Meta
+    shards: list[Manifest]
+
+
+_MANIFEST, _INDEX = TypeAdapter(Manifest), TypeAdapter(Index)
 
 
 @dataclass(frozen=True)
@@ -49,11 +95,11 @@ def write_shard(
 ) -> None:
     """Writes one shard; the manifest goes last. The bytes depend on the arguments alone."""
     tar_bytes = io.BytesIO()
-    entries = []
+    entries: list[Entry] = []
     with tarfile.open(fileobj=tar_bytes, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, episode in enumerate(episodes):
             key = f"{shard:05d}-{number:05d}"
-            entry = {
+            entry: Chunks = {
                 "num_frames": episode.num_frames,
                 "first_chunk": episode.first_chunk,
                 "chunks": [len(chunk) for chunk in episode.chunks],
@@ -64,7 +110,7 @@ def write_shard(
     truth_bytes = io.BytesIO()
     np.savez(truth_bytes, **truth)
     tar_name, truth_name, manifest_name = _names(shard)
-    manifest = {
+    manifest: Manifest = {
         "format": FORMAT,
         "name": tar_name,
         "bytes": len(tar_bytes.getbuffer()),
@@ -93,14 +139,14 @@ def _is_whole(fs: fsspec.AbstractFileSystem, root: str, sizes: Mapping[str, int]
     if manifest_name not in sizes:
         return False
     try:
-        manifest = json.loads(fs.cat_file(f"{root}/{manifest_name}"))
-    except ValueError:  # damaged: not JSON, or not even text
+        manifest = _MANIFEST.validate_json(fs.cat_file(f"{root}/{manifest_name}"))
+    except ValidationError:
         return False
     expected = (FORMAT, manifest["bytes"], manifest["truth"]["bytes"])
     return expected == (manifest["format"], sizes.get(tar_name), sizes.get(truth_name))
 
 
-def write_index(uri: str, num_shards: int, meta: Mapping[str, Any]) -> None:
+def write_index(uri: str, num_shards: int, meta: Meta) -> None:
     """Declares the data set whole."""
     fs, root = url_to_fs(uri)
     manifests = [json.loads(fs.cat_file(f"{root}/{_names(shard)[2]}")) for shard in range(num_shards)]
@@ -113,8 +159,11 @@ def has_index(uri: str) -> bool:
     return bool(fs.exists(f"{root}/index.json"))
 
 
-def read_index(uri: str) -> tuple[dict[str, Any], str]:
-    """The index and its digest. Raises ValueError when the data set is missing, unfinished or of another format."""
+def read_index(uri: str) -> tuple[Index, str]:
+    """The index and its digest.
+
+    Raises ValueError when the data set is missing, unfinished, damaged or of another format.
+    """
     fs, root = url_to_fs(uri)
     try:
         data = fs.cat_file(f"{root}/index.json")
@@ -126,13 +175,15 @@ def read_index(uri: str) -> tuple[dict[str, Any], str]:
             raise ValueError(f"the data set at {uri} is unfinished: run collect again, it carries on") from None
         raise ValueError(f"there is no data set at {uri}: run collect first, or correct the path") from None
     try:
-        index = json.loads(data)
-        if index["format"] != FORMAT:
-            raise ValueError(
-                f"{uri} has data format {index['format']}, this version reads {FORMAT}: delete it and run collect again"
-            )
-    except (json.JSONDecodeError, KeyError, TypeError):
+        found = json.loads(data)
+        if found["format"] == FORMAT:
+            index = _INDEX.validate_python(found)
+    except (ValueError, KeyError, TypeError):  # ValueError: not JSON, not even text, or other fields than an index has
         raise ValueError(f"{uri}/index.json is damaged: delete it and run collect again") from None
+    if found["format"] != FORMAT:
+        raise ValueError(
+            f"{uri} has data format {found['format']}, this version reads {FORMAT}: delete it and run collect again"
+        )
     if not any(shard["episodes"] for shard in index["shards"]):
         raise ValueError(f"the data set at {uri} is empty: delete it and run collect again with more levels or steps")
     return index, hashlib.sha256(data).hexdigest()

@@ -7,9 +7,7 @@ import io
 import itertools
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zstandard
@@ -17,7 +15,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from genie_model.data.shards import CHUNK_FRAMES, file_sizes, read_index
+from genie_model.data.shards import CHUNK_FRAMES, Index, file_sizes, read_index
 
 
 class VideoStore:
@@ -27,12 +25,12 @@ class VideoStore:
     to $GENIE_CACHE_DIR (default ~/.cache/genie) under their checksum: runs and ranks share them and none is stale.
     """
 
-    def __init__(self, uri: str, index: Mapping[str, Any], digest: str) -> None:
+    def __init__(self, uri: str, index: Index, digest: str) -> None:
         self.uri = uri
         self.digest = digest
-        self.meta: dict[str, Any] = index["meta"]
+        self.meta = index["meta"]
         self._fs, self._root = url_to_fs(uri)
-        self._shards = [{name: shard[name] for name in ("name", "bytes", "sha256")} for shard in index["shards"]]
+        self._shards = index["shards"]
         self._episodes = [(i, episode) for i, shard in enumerate(index["shards"]) for episode in shard["episodes"]]
         self.episode_lengths = np.array([episode["num_frames"] for _, episode in self._episodes])
 
@@ -51,7 +49,7 @@ class VideoStore:
 
     @property
     def split(self) -> str:
-        return str(self.meta["split"])
+        return self.meta["split"]
 
     @property
     def num_episodes(self) -> int:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 
-from genie_model.data.shards import read_index
+from genie_model.data.shards import Index, read_index
 
 
 class PrivilegedTruth:
     """True actions and level seeds of every episode; on the eval split also where the agent was."""
 
-    def __init__(self, uri: str, index: Mapping[str, Any]) -> None:
+    def __init__(self, uri: str, index: Index) -> None:
         self.uri = uri
         self._fs, self._root = url_to_fs(uri)
         self._shards = index["shards"]

@@ -125,6 +125,49 @@ def test_damaged_index(copied):
         VideoStore.open(str(path.parent))
 
 
+def without(tree, path):
+    """A copy of the JSON `tree` that lacks what lies at `path`."""
+    name, *rest = path
+    copy = tree.copy()
+    copy[name] = without(tree[name], rest) if rest else None
+    if not rest:
+        del copy[name]
+    return copy
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("format",),
+        ("meta",),
+        ("meta", "split"),
+        ("meta", "frame_shape"),
+        ("shards",),
+        ("shards", 1, "sha256"),
+        ("shards", 1, "truth", "bytes"),
+        ("shards", 1, "episodes"),
+        ("shards", 1, "episodes", 0, "offset"),
+    ],
+)
+def test_an_index_that_lacks_something_is_damaged(copied, path):
+    file = copied[1] / "train" / "index.json"
+    file.write_text(json.dumps(without(json.loads(file.read_text()), path)))
+    with pytest.raises(ValueError, match=r"train/index\.json is damaged: delete it and run collect again"):
+        VideoStore.open(str(file.parent))
+
+
+@pytest.mark.parametrize("path", [("bytes",), ("truth", "bytes"), ("episodes",), ("episodes", 0, "chunks")])
+def test_a_shard_whose_manifest_lacks_something_is_made_anew(copied, recording_config, path):
+    root, folder = copied
+    file = folder / "train" / "shard-00001.json"
+    whole = file.read_bytes()
+    file.write_text(json.dumps(without(json.loads(whole), path)))
+    (folder / "train" / "index.json").unlink()
+    collect(recording_config, root)
+    assert file.read_bytes() == whole
+    VideoStore.open(f"{folder}/train").verify()
+
+
 def test_truncated_and_missing_shards(copied):
     path = copied[1] / "train" / "shard-00001.tar"
     path.write_bytes(path.read_bytes()[:-1])
