@@ -83,12 +83,14 @@ class LAMConfig(ConfigNode):
     encoder: TransformerConfig
     decoder: TransformerConfig
     codebook: CodebookConfig
-    patch_hidden: int = Field(0, ge=0, description="hidden width of the patch embeddings and of the output; 0: linear")
     motion_rows: int = Field(
         0, ge=0, description="patches see how well they match the frame before, shifted up to this"
     )
     motion_columns: int = Field(0, ge=0, description="the same for columns; both 0: no matching")
-    predict: Literal["frame", "change"] = Field("frame", description="change: the output is added to the frame before")
+    predict: Literal["frame", "motion"] = Field(
+        "frame",
+        description="motion: the patches of the frame before, moved by up to those rows and columns, and a rest",
+    )
     loss: Literal["mse", "relative"] = Field("mse", description="relative: every frame's error over that of copying")
 
 
@@ -178,6 +180,8 @@ class Config(ConfigNode):
         if self.evaluation.prompt_frames + self.evaluation.horizon > self.data.clip_length:
             limit = f"data.clip_length={self.data.clip_length}"
             raise ValueError(f"evaluation.prompt_frames + evaluation.horizon must be at most {limit}")
+        if self.lam.predict == "motion" and not self.lam.motion_rows + self.lam.motion_columns:
+            raise ValueError("lam.predict=motion needs lam.motion_rows or lam.motion_columns above 0")
         if self.dynamics.mask_rate_min > self.dynamics.mask_rate_max:
             raise ValueError("dynamics.mask_rate_min is above dynamics.mask_rate_max")
         return self

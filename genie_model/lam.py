@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,9 @@ class LatentActionModel(nn.Module):
     """The encoder sees x_1..t+1 and names what happened; the decoder must rebuild x_t+1 from x_1..t and that name.
 
     The paper's is the default. What the other settings of LAMConfig are for: in a scrolling game a press of a button
-    moves the picture by half a pixel and a fall by four, so plain squared error spends all codes on falls, and a linear
-    embedding of 16 x 16 patches takes long to see half a pixel at all.
+    moves the picture by half a pixel and a fall by four. Plain squared error spends all codes on falls, a transformer
+    over 16 x 16 patches takes long to see half a pixel at all, and longer to learn to move patches by it. So it may be
+    shown how well shifted patches match, and may predict by shifting them.
     """
 
     def __init__(self, config: LAMConfig, frame_size: int, window: int) -> None:
@@ -34,26 +36,25 @@ class LatentActionModel(nn.Module):
         self.sees_motion = config.motion_rows + config.motion_columns > 0
         shifts = (2 * config.motion_rows + 1) * (2 * config.motion_columns + 1)
         seen = 2 * pixels + shifts if self.sees_motion else pixels
-        self.encoder_in = _mlp(seen, config.patch_hidden, config.encoder.d_model)
+        self.encoder_in = nn.Linear(seen, config.encoder.d_model)
         self.encoder_position = nn.Parameter(0.02 * torch.randn(patches, config.encoder.d_model))
         self.encoder = STTransformer(config.encoder, window)
         self.to_latent = nn.Linear(config.encoder.d_model, config.codebook.latent_dim)
         self.quantizer = VectorQuantizer(config.codebook)
         self.action_in = nn.Linear(config.codebook.latent_dim, config.decoder.d_model)
-        self.decoder_in = _mlp(seen, config.patch_hidden, config.decoder.d_model)
+        self.decoder_in = nn.Linear(seen, config.decoder.d_model)
         self.decoder_position = nn.Parameter(0.02 * torch.randn(patches, config.decoder.d_model))
         self.decoder = STTransformer(config.decoder, window)
-        width = config.decoder.d_model
-        if config.patch_hidden:
-            # The output also sees the patch itself: moving its pixels needs them at full detail. A layer of its own
-            # keeps those 1,600 numbers from drowning the 128 that know the action.
-            self.hidden_out = nn.Linear(width, config.patch_hidden)
-            self.seen_out = nn.Linear(seen, config.patch_hidden, bias=False)
-            width = config.patch_hidden
-        self.patch_out = nn.Linear(width, pixels)
-        if config.predict == "change":  # starts as a copy of the frame before
+        self.patch_out = nn.Linear(config.decoder.d_model, pixels)
+        if config.predict == "motion":  # starts as a copy of the frame before, blurred
             nn.init.zeros_(self.patch_out.weight)
             nn.init.zeros_(self.patch_out.bias)
+            self.shift_out = nn.Linear(config.decoder.d_model, shifts)
+            # The camera moves all patches alike: an action may say so at once, not only through the transformer.
+            self.action_shift = nn.Linear(config.codebook.latent_dim, shifts, bias=False)
+            nn.init.zeros_(self.shift_out.weight)
+            nn.init.zeros_(self.shift_out.bias)
+            self.shift_out.bias.data[shifts // 2] = math.log(shifts)  # half the weight on no shift at all
 
     def forward(self, x_BTHWC: Tensor) -> tuple[Tensor, LatentActions, dict[str, Tensor]]:
         """Loss, actions and logs of clips in [0, 1]."""
@@ -102,18 +103,25 @@ class LatentActionModel(nn.Module):
         h_BTND = self.decoder_in(seen)
         action_BTD = self.action_in(latents_BTL.to(h_BTND.dtype))
         h_BTND = self.decoder(h_BTND + self.decoder_position.to(h_BTND.dtype) + action_BTD[:, :, None])
-        if self.config.patch_hidden:
-            h_BTND = F.gelu(self.hidden_out(h_BTND) + self.seen_out(seen))
-        out_BTNP: Tensor = self.patch_out(h_BTND)
-        if self.config.predict == "change":
-            out_BTNP = out_BTNP + torch.logit(patches_BTNP, eps=0.01).to(out_BTNP.dtype)
+        out_BTNP: Tensor = self.patch_out(h_BTND).float()
+        if self.config.predict == "motion":
+            shifts_BTNS = self.shift_out(h_BTND) + self.action_shift(latents_BTL)[:, :, None]
+            moved_BTNP = self._move(patches_BTNP, shifts_BTNS.float().softmax(-1))
+            out_BTNP = out_BTNP + torch.logit(moved_BTNP, eps=0.01)
         return torch.sigmoid(out_BTNP)
 
+    def _move(self, patches_BTNP: Tensor, weights_BTNS: Tensor) -> Tensor:
+        """Patches whose every pixel is the weighted mean of the pixels around it, S = shifts by rows and columns.
 
-def _mlp(width_in: int, hidden: int, width_out: int) -> nn.Module:
-    if not hidden:
-        return nn.Linear(width_in, width_out)
-    return nn.Sequential(nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+        Convolutional dynamic neural advection (Finn et al., 2016), a kernel for every patch.
+        """
+        P, rows, columns = self.config.patch_size, self.config.motion_rows, self.config.motion_columns
+        frames_XCHW = unpatchify(patches_BTNP.float(), P, self.frame_size).flatten(0, 1).movedim(-1, 1)
+        padded = F.pad(frames_XCHW, (columns, columns, rows, rows), mode="replicate")
+        windows = padded.unfold(2, P + 2 * rows, P).unfold(3, P + 2 * columns, P)
+        windows_YCRS = rearrange(windows, "x c h w r s -> (x h w) c r s")
+        moved = _Correlate.apply(windows_YCRS, weights_BTNS.reshape(-1, 2 * rows + 1, 2 * columns + 1))
+        return rearrange(moved, "y c p q -> y (p q c)").view_as(patches_BTNP)
 
 
 @torch.no_grad()
@@ -138,3 +146,23 @@ def block_matching(x_BTHWC: Tensor, patch: int, rows: int, columns: int) -> Tens
         error_1XRS = energy - 2 * product + now_X1PQ.square().mean((1, 2, 3))[:, None, None]
         closeness = -(error_1XRS.clamp_min(0) + 1e-4).log().view(B, T, -1, (2 * rows + 1) * (2 * columns + 1))
         return closeness - closeness.mean(-1, keepdim=True)
+
+
+class _Correlate(torch.autograd.Function):
+    """(Y, C, R, S) windows, each correlated with a (Y, K, L) kernel of its own. Gradients go to the kernels alone."""
+
+    @staticmethod
+    def forward(ctx: Any, windows_YCRS: Tensor, kernels_YKL: Tensor) -> Tensor:
+        ctx.save_for_backward(windows_YCRS)
+        return _depthwise(windows_YCRS, kernels_YKL[:, None].expand(-1, windows_YCRS.shape[1], -1, -1))
+
+    @staticmethod
+    def backward(ctx: Any, grad_YCPQ: Tensor) -> tuple[None, Tensor]:
+        return None, _depthwise(*ctx.saved_tensors, grad_YCPQ).sum(1)
+
+
+def _depthwise(x_YCRS: Tensor, kernels_YCKL: Tensor) -> Tensor:
+    with torch.autocast(x_YCRS.device.type, enabled=False):
+        channels = x_YCRS.float().flatten(0, 1)
+        out = F.conv2d(channels[None], kernels_YCKL.float().flatten(0, 1)[:, None], groups=len(channels))
+        return out[0].unflatten(0, x_YCRS.shape[:2])

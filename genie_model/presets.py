@@ -39,6 +39,7 @@ def _coinrun() -> Config:
 def _demo() -> Config:
     """From nothing to a playable CoinRun in a quarter of an hour on two CPU cores."""
     small = TransformerConfig(num_layers=4, d_model=128, num_heads=2, head_dim=64, qk_norm=False)
+    shallow = small.model_copy(update={"num_layers": 2})
     fast = OptimizerConfig(max_lr=3e-3, min_lr=1e-4, beta2=0.99, warmup_steps=100)
     return Config(
         name="demo",
@@ -52,13 +53,12 @@ def _demo() -> Config:
         ),
         lam=LAMConfig(
             patch_size=16,
-            encoder=small,
-            decoder=small,
-            codebook=CodebookConfig(num_codes=6, commitment=0.02, ema_decay=0.0, memory=4096, continuous_steps=800),
-            patch_hidden=768,
+            encoder=shallow,
+            decoder=shallow,
+            codebook=CodebookConfig(num_codes=6, ema_decay=0.0, memory=4096, continuous_steps=200),
             motion_rows=6,
             motion_columns=3,
-            predict="change",
+            predict="motion",
             loss="relative",
         ),
         dynamics=DynamicsConfig(
@@ -100,10 +100,9 @@ def _tiny() -> Config:
             encoder=tiny,
             decoder=tiny,
             codebook=CodebookConfig(num_codes=4, memory=512),
-            patch_hidden=16,
             motion_rows=2,
             motion_columns=1,
-            predict="change",
+            predict="motion",
             loss="relative",
         ),
         dynamics=DynamicsConfig(transformer=tiny),

@@ -14,7 +14,7 @@ from genie_model.presets import get_preset
 from genie_model.quantizer import VectorQuantizer
 
 CONFIG = get_preset("tiny")
-PAPER_LAM = ("lam.patch_hidden=0", "lam.motion_rows=0", "lam.motion_columns=0", "lam.predict=frame", "lam.loss=mse")
+PAPER_LAM = ("lam.motion_rows=0", "lam.motion_columns=0", "lam.predict=frame", "lam.loss=mse")
 
 
 @pytest.fixture(params=["paper", "demo"])
