@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
+import io
+import logging
 import os
 import sys
 import urllib.error
 import urllib.request
+import warnings
 from pathlib import Path
 
 from genie_model.config import Config
@@ -96,18 +100,11 @@ def _submit(args: argparse.Namespace, config: Config) -> int:
             "submit needs --root, a URI that the cluster's steps can read and write, e.g. gs://bucket/genie"
         )
     _reach(args.host)
-    import kfp
-    from kfp_server_api.exceptions import ApiException
-    from urllib3.exceptions import HTTPError
-
     package = Path("build/coinrun.yaml")
     _write_package(args, package)
-    try:
-        client = kfp.Client(host=args.host)
-        started = client.create_run_from_pipeline_package(str(package), experiment_name=args.experiment)
-    except (ApiException, HTTPError) as error:
-        raise ValueError(f"{args.host} did not take the pipeline: {' '.join(str(error).split())[:300]}") from None
-    say(f"run {started.run_id} on {args.host}")
+    say(f"submits {package} to {args.host}")
+    run_id = _start(args.host, package, args.experiment)
+    say(f"run {run_id}: {args.host.rstrip('/')}/#/runs/details/{run_id}")
     return 0
 
 
@@ -142,13 +139,51 @@ def _tracking(args: argparse.Namespace, state: Path):  # type: ignore[no-untyped
 
 
 def _reach(host: str) -> None:
-    """Raises ValueError at once when no one answers; KFP's client tries for a minute and a half."""
+    """Raises ValueError at once when no Kubeflow Pipelines API can be there; KFP's client tries for half a minute.
+
+    A host that wants a sign-in passes: KFP's client may hold what it needs.
+    """
+    if not host.startswith(("http://", "https://")):
+        raise ValueError(f"--host {host} is no URL: it begins with http:// or https://")
     try:
-        urllib.request.urlopen(host, timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except OSError as error:
+        urllib.request.urlopen(f"{host.rstrip('/')}/apis/v2beta1/healthz", timeout=10).close()
+    except urllib.error.HTTPError as error:
+        if error.code >= 400 and error.code not in (401, 403):
+            raise _not_kubeflow(host, f"HTTP {error.code}") from None
+    except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"no Kubeflow host answers at {host} ({error}); check --host, or port-forward it") from None
+
+
+def _start(host: str, package: Path, experiment: str) -> str:
+    """The id of the run that KFP's client started; what the client prints and logs meanwhile is dropped."""
+    import kfp
+
+    logging.disable()  # it logs a stack trace for every try
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            client = kfp.Client(host=host)
+            run_id = client.create_run_from_pipeline_package(str(package), experiment_name=experiment).run_id
+    except TimeoutError:
+        raise ValueError(
+            f"{host} lets nobody in without signing in: set KF_PIPELINES_IAP_OAUTH2_CLIENT_ID or what else kfp.Client "
+            "reads, or port-forward the API"
+        ) from None
+    except Exception as error:  # an odd answer breaks the client anywhere
+        said = getattr(error, "body", None) or error
+        raise ValueError(f"{host} did not take the pipeline: {' '.join(str(said).split())[:300]}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    if not run_id:
+        raise _not_kubeflow(host, "no run's id")
+    return str(run_id)
+
+
+def _not_kubeflow(host: str, answered: str) -> ValueError:
+    return ValueError(
+        f"{host} answers, but not as a Kubeflow Pipelines API does ({answered}): check --host, e.g. "
+        "http://localhost:8080 after `kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`"
+    )
 
 
 def _write_package(args: argparse.Namespace, output: Path) -> None:
