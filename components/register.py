@@ -5,13 +5,20 @@ from kfp import dsl
 
 @dsl.component(base_image="genie-platform:0.1.0", install_kfp_package=False)
 def register(
-    preset: str, overrides: list, root_uri: str, tracking_uri: str, experiment: str, model_uri: str, metrics: dict
+    preset: str,
+    overrides: list,
+    root_uri: str,
+    tracking_uri: str,
+    experiment: str,
+    data_uri: str,
+    model_uri: str,
+    metrics: dict,
 ) -> str:
-    """Makes the model a version of the registered model "genie". Returns the version."""
+    """Makes the model, measured on that data set, a version of the registered model "genie". Returns the version."""
     from genie_model.tracking import register as register_model
     from genie_model.tracking import step
 
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment}
     with step("register", preset, overrides, **where) as run:
-        version = register_model(model_uri, metrics, run)
+        version = register_model(model_uri, metrics, data_uri, run)
     return version

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,10 +24,12 @@ from genie_model.genie import Genie
 from genie_model.metrics import Estimate
 from genie_model.probe import supervised_bound
 from genie_model.progress import NoLog, RunLog, bar, summary
+from genie_model.source import code_digest
 from genie_model.video_features import Random3DFeatures
 
 _BATCH = 16  # clips at a time
 _FEATURES = Random3DFeatures()
+_CODE = ("evaluate.py", "metrics.py", "probe.py", "video_features.py")  # what decides the figures of a given model
 
 Frames = NDArray[np.uint8]
 Findings = dict[str, Estimate | float]
@@ -69,6 +73,13 @@ def measure(config: Config, genie: Genie, held_out: HeldOut) -> Evaluation:
     found["lam_mse_over_copy"] = _lam_mse_over_copy(genie, frames_BTHWC, levels_B)
     drawn["action_grid"] = _action_grid(config, genie, frames_BTHWC)
     return Evaluation(metrics.flatten(found), drawn)
+
+
+def measured_on(config: Config, data_uri: str) -> str:
+    """A digest of what decides a model's figures besides the model: only where it is the same do two models compare."""
+    asked = json.dumps([config.evaluation.model_dump(mode="json"), config.data.clip_length, config.seed])
+    held_out = VideoStore.open(f"{data_uri}/eval").digest
+    return hashlib.sha256(f"{held_out} {asked} {code_digest(_CODE)}".encode()).hexdigest()[:12]
 
 
 def save_start_frames(model_uri: str, data_uri: str, config: Config, count: int = 8) -> list[str]:

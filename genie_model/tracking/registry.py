@@ -24,12 +24,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
+from genie_model.checkpoint import load_model
 from genie_model.config import Config
+from genie_model.evaluate import HeldOut, measure, measured_on
 from genie_model.progress import summary
 from genie_model.tracking.runs import StepRun, connect
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _FOLDER = "genie"  # the model folder's name inside a version's artifacts
+_MEASURED_ON = "measured_on"  # the tag of a version that says what its metrics stand for
 _REQUIREMENTS = ("torch", "numpy", "einops", "safetensors", "fsspec", "pydantic")
 _DESCRIPTION = (
     "A world learned from video alone, played with latent actions. The version with the alias **champion** is the one "
@@ -56,14 +59,14 @@ class Decision:
     reason: str
 
 
-def register(model_uri: str, metrics: Mapping[str, float], run: StepRun, name: str = "genie") -> str:
+def register(model_uri: str, metrics: Mapping[str, float], data_uri: str, run: StepRun, name: str = "genie") -> str:
     """Makes the folder at `model_uri` a version of the registered model `name`; returns the version's number.
 
-    The version belongs to the pipeline's run, samples as its config says, and carries the held-out `metrics` that
-    promotion compares. A model that is registered already keeps its version. Raises ValueError when the folder is
-    missing.
+    The version belongs to the pipeline's run, samples as its config says, and carries the `metrics` that were measured
+    on `data_uri`/eval, which promotion compares. A model that is registered already keeps its version. Raises
+    ValueError when the folder is missing.
     """
-    client = run.client
+    client, measured = run.client, measured_on(run.config, data_uri)
     mlflow.set_tracking_uri(client.tracking_uri)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, _FOLDER)
@@ -72,6 +75,7 @@ def register(model_uri: str, metrics: Mapping[str, float], run: StepRun, name: s
         digest = _digest(folder)
         if known := _version_with(client, name, digest):
             mlflow.log_metrics(dict(metrics), run_id=run.parent_id, model_id=_model_id(known))
+            client.set_model_version_tag(name, known.version, _MEASURED_ON, measured)
             summary("register", f"{name} version {known.version} is this model already")
             return str(known.version)
         with mlflow.start_run(run_id=run.parent_id), warnings.catch_warnings():
@@ -85,7 +89,7 @@ def register(model_uri: str, metrics: Mapping[str, float], run: StepRun, name: s
             )
             mlflow.log_metrics(dict(metrics), model_id=logged.model_id)
             _ensure_registered(client, name)
-            tags = {"model_digest": digest, "preset": run.config.name, "trained_at": model_uri}
+            tags = {"model_digest": digest, "preset": run.config.name, "trained_at": model_uri, _MEASURED_ON: measured}
             with contextlib.redirect_stderr(io.StringIO()):  # it tells what the summary below tells
                 version = mlflow.register_model(logged.model_uri, name, tags=tags)
         client.update_run(run.parent_id, "RUNNING")  # start_run() ended it; the pipeline goes on
@@ -130,16 +134,22 @@ def decide(candidate: Mapping[str, float], champion: Mapping[str, float] | None,
     return False, f"refused: level in {compared}, and draws worse, {drawn}"
 
 
-def promote(version: str, run: StepRun, name: str = "genie", alias: str = "champion") -> Decision:
-    """Gives `alias` to `version` if the rule of `decide()` says so; tags the version with the decision and why."""
+def promote(version: str, data_uri: str, run: StepRun, name: str = "genie", alias: str = "champion") -> Decision:
+    """Gives `alias` to `version` if the rule of `decide()` says so; tags the version with the decision and why.
+
+    A champion that was measured otherwise, on other levels or by other code, is first measured as the candidate was,
+    on `data_uri`/eval. Raises ValueError when it cannot be.
+    """
     client = run.client
     current = _aliased(client, name, alias)
     if current is not None and str(current.version) == version:
         decision = Decision(version, True, f"version {version} is the {alias} already")
     else:
-        measured = _metrics(client, client.get_model_version(name, version))
+        candidate = client.get_model_version(name, version)
+        if current is not None and current.tags.get(_MEASURED_ON) != candidate.tags[_MEASURED_ON]:
+            _measure_again(client, name, current, data_uri, run.config)
         reigning = _metrics(client, current) if current is not None else None
-        promoted, reason = decide(measured, reigning, run.config)
+        promoted, reason = decide(_metrics(client, candidate), reigning, run.config)
         decision = Decision(version, promoted, reason)
         client.set_model_version_tag(name, version, "decision", "promoted" if promoted else "refused")
         client.set_model_version_tag(name, version, "reason", reason)
@@ -172,14 +182,21 @@ def champion(
             f"no version of model {model_name!r} has the alias {alias!r}: run the pipeline (`make demo`), "
             f"or set the alias in MLflow's Models page at {client.tracking_uri}"
         )
+    return ModelVersion(
+        model_name, str(version.version), str(version.run_id), str(_download(client, model_name, version, cache_dir))
+    )
+
+
+def _download(client: MlflowClient, name: str, version: Any, cache_dir: str | None = None) -> Path:
+    """The folder of a version's files, downloaded unless it is in the cache. Raises ValueError."""
     cache = Path(cache_dir or Path(os.environ.get("GENIE_CACHE_DIR", "~/.cache/genie"), "models")).expanduser()
     unique = hashlib.sha256(f"{version.source} {version.run_id}".encode()).hexdigest()[:12]
-    folder = cache / f"{model_name}-{version.version}-{unique}"
+    folder = cache / f"{name}-{version.version}-{unique}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         mlflow.set_tracking_uri(client.tracking_uri)  # models:/ is looked up there, whatever download_artifacts is told
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            uri = f"models:/{model_name}/{version.version}"
+            uri = f"models:/{name}/{version.version}"
             try:
                 download_artifacts(artifact_uri=uri, dst_path=scratch)
             except MlflowException as error:
@@ -190,7 +207,24 @@ def champion(
             except OSError:
                 if not folder.exists():
                     raise
-    return ModelVersion(model_name, str(version.version), str(version.run_id), str(folder))
+    return folder
+
+
+def _measure_again(client: MlflowClient, name: str, version: Any, data_uri: str, config: Config) -> None:
+    """Measures a version on `data_uri`/eval as `config` asks, and keeps its new figures."""
+    summary("promote", f"{name} version {version.version} was measured otherwise: measures it as the candidate was")
+    genie = load_model(str(_download(client, name, version)))
+    size = genie.config.data.frame_size
+    if size != config.data.frame_size:
+        raise ValueError(
+            f"{name} version {version.version}, the champion, draws {size} pixels a side and the candidate "
+            f"{config.data.frame_size}: they do not compare; move the alias by hand to replace it"
+        )
+    asked = {"data": config.data, "evaluation": config.evaluation, "seed": config.seed}
+    figures = measure(genie.config.model_copy(update=asked), genie, HeldOut.open(f"{data_uri}/eval")).metrics
+    mlflow.set_tracking_uri(client.tracking_uri)
+    mlflow.log_metrics(figures, run_id=version.run_id, model_id=_model_id(version))
+    client.set_model_version_tag(name, version.version, _MEASURED_ON, measured_on(config, data_uri))
 
 
 def _ensure_registered(client: MlflowClient, name: str) -> None:

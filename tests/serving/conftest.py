@@ -1,4 +1,4 @@
-"""A real model, tiny and untrained: its pictures mean nothing, but every part of it works."""
+"""A real model that a tiny run trained: its pictures mean little, but every part of it works."""
 
 from __future__ import annotations
 
@@ -7,33 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from fastapi.testclient import TestClient
-from play_help import Registry, picture
+from play_help import Registry, pixels
 
-from genie_model.checkpoint import save_model
-from genie_model.genie import Genie
-from genie_model.presets import get_preset
 from serving.app import create_app
 from serving.settings import Settings
 
 
 @pytest.fixture(scope="session")
-def start_frames() -> dict[str, np.ndarray]:
-    random = np.random.default_rng(0)
-    return {name: random.integers(0, 256, (64, 64, 3), dtype=np.uint8) for name in ("level-1", "level-2")}
+def model_folder(tiny_model_uri: str) -> Path:
+    return Path(tiny_model_uri)
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, start_frames: dict[str, np.ndarray]) -> Path:
-    """What training leaves: config.json, model.safetensors, start_frames/*.png."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    save_model(str(folder), Genie(get_preset("tiny")))
-    (folder / "start_frames").mkdir()
-    for name, frame_HWC in start_frames.items():
-        (folder / "start_frames" / f"{name}.png").write_bytes(picture(frame_HWC))
-    return folder
+def start_frames(model_folder: Path) -> dict[str, np.ndarray]:
+    return {path.stem: pixels(path.read_bytes()) for path in sorted((model_folder / "start_frames").glob("*.png"))}
 
 
 @pytest.fixture
