@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from genie_model.backend import native
 from genie_model.config import StageConfig
 from genie_model.genie import Genie
-from genie_model.optim import make_optimizer
+from genie_model.optim import Optimizers
 from genie_model.presets import get_preset
 
 
@@ -57,7 +57,7 @@ def report(name: str, run: Callable[[], object], frames: int) -> None:
 
 def training_step(module: torch.nn.Module, stage: StageConfig, clip_length: int) -> Callable[[], None]:
     batch = np.random.default_rng(0).integers(0, 256, (stage.batch_size, clip_length, 64, 64, 3), dtype=np.uint8)
-    optimizer = make_optimizer(module, stage.optimizer)
+    optimizers = Optimizers(module, stage.optimizer)
     module.train()
 
     def run() -> None:
@@ -65,8 +65,7 @@ def training_step(module: torch.nn.Module, stage: StageConfig, clip_length: int)
             loss, _ = module(native.to_unit_frames(batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), stage.optimizer.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizers.step()
 
     return run
 

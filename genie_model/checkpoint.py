@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from genie_model import files
 from genie_model.config import Config
 from genie_model.genie import Genie
+from genie_model.optim import Optimizers
 from genie_model.tokenizer import VideoTokenizer
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -77,12 +76,12 @@ class TrainingState:
     def __init__(self, uri: str) -> None:
         self.uri = uri
 
-    def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, step: int, module: nn.Module, optimizers: Optimizers) -> None:
         """State after `step` steps; the one before it is removed once this is whole."""
         before = self.latest_step()
         folder = self._folder(step)
         _write_tensors(f"{folder}/{WEIGHTS}", module.state_dict())
-        _write_tensors(f"{folder}/optimizer.safetensors", _optimizer_tensors(module, optimizer))
+        _write_tensors(f"{folder}/optimizer.safetensors", optimizers.tensors(module))
         files.write_atomic(f"{self.uri}/latest.json", json.dumps({"step": step}).encode())
         if before not in (0, step):
             files.remove_tree(self._folder(before))
@@ -93,13 +92,12 @@ class TrainingState:
             return 0
         return int(json.loads(files.read(f"{self.uri}/latest.json"))["step"])
 
-    def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    def restore(self, module: nn.Module, optimizers: Optimizers) -> int:
         """Loads the newest checkpoint, if there is one, and returns its step."""
         step = self.latest_step()
         if step:
             load_weights(module, f"{self._folder(step)}/{WEIGHTS}")
-            tensors = load_tensors(files.read(f"{self._folder(step)}/optimizer.safetensors"))
-            _fill_optimizer(module, optimizer, tensors)
+            optimizers.fill(module, load_tensors(files.read(f"{self._folder(step)}/optimizer.safetensors")))
         return step
 
     def remove(self) -> None:
@@ -107,25 +105,6 @@ class TrainingState:
 
     def _folder(self, step: int) -> str:
         return f"{self.uri}/step-{step:07d}"
-
-
-def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
-    return {
-        f"{names[parameter]}|{key}": value
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def _fill_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    states: dict[str, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        owner, _, key = name.rpartition("|")
-        states.setdefault(owner, {})[key] = value
-    for name, parameter in module.named_parameters():
-        if name in states:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in states[name].items()}
 
 
 def _write_tensors(uri: str, tensors: dict[str, Tensor]) -> None:

@@ -116,6 +116,8 @@ class OptimizerConfig(ConfigNode):
 
     max_lr: float = Field(gt=0)
     min_lr: float = Field(ge=0)
+    token_lr: float = Field(0.0, ge=0, description="peak for embeddings and logits of tokens; 0: max_lr for them too")
+    muon_lr: float = Field(0.0, ge=0, description="peak of Muon's, for matrices in transformers; 0: AdamW for them too")
     beta1: float = 0.9
     beta2: float = 0.9
     weight_decay: float = 1e-4

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from genie_model.config import DynamicsConfig
-from genie_model.layers import STTransformer, TemporalCache
+from genie_model.layers import STTransformer, TemporalCache, ToCodes
 
 _ROWS = 256  # positions whose logits are held at once
 
@@ -43,7 +43,7 @@ class DynamicsModel(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(num_patches, width))
         self.action_in = nn.Linear(action_dim, width, bias=False)
         self.transformer = STTransformer(config.transformer, window)
-        self.logits_out = nn.Linear(width, codes_per_patch * num_codes)
+        self.logits_out = ToCodes(width, codes_per_patch * num_codes)
 
     def forward(self, codes_BTNC: Tensor, actions_BTL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and logs. `actions_BTL` holds T-1 latents, stop-gradient here: the LAM learns from its own loss alone.

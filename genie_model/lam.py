@@ -120,7 +120,8 @@ class LatentActionModel(nn.Module):
         padded = F.pad(frames_XCHW, (columns, columns, rows, rows), mode="replicate")
         windows = padded.unfold(2, P + 2 * rows, P).unfold(3, P + 2 * columns, P)
         windows_YCRS = rearrange(windows, "x c h w r s -> (x h w) c r s")
-        moved = _Correlate.apply(windows_YCRS, weights_BTNS.reshape(-1, 2 * rows + 1, 2 * columns + 1))
+        kernels_YKL = weights_BTNS.reshape(-1, 2 * rows + 1, 2 * columns + 1)
+        moved: Tensor = _Correlate.apply(windows_YCRS, kernels_YKL)  # type: ignore[no-untyped-call]
         return rearrange(moved, "y c p q -> y (p q c)").view_as(patches_BTNP)
 
 
@@ -158,11 +159,12 @@ class _Correlate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_YCPQ: Tensor) -> tuple[None, Tensor]:
-        return None, _depthwise(*ctx.saved_tensors, grad_YCPQ).sum(1)
+        (windows_YCRS,) = ctx.saved_tensors
+        return None, _depthwise(windows_YCRS, grad_YCPQ).sum(1)
 
 
 def _depthwise(x_YCRS: Tensor, kernels_YCKL: Tensor) -> Tensor:
     with torch.autocast(x_YCRS.device.type, enabled=False):
         channels = x_YCRS.float().flatten(0, 1)
-        out = F.conv2d(channels[None], kernels_YCKL.float().flatten(0, 1)[:, None], groups=len(channels))
-        return out[0].unflatten(0, x_YCRS.shape[:2])
+        out = F.conv2d(channels[None], kernels_YCKL.float().flatten(0, 1)[:, None], groups=len(channels))[0]
+        return out.view(*x_YCRS.shape[:2], *out.shape[1:])

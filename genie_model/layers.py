@@ -145,6 +145,10 @@ class FeedForward(nn.Module):
         return y
 
 
+class ToCodes(nn.Linear):
+    """The output over a vocabulary. As in an embedding, a row learns little from most steps, so optim.py knows both."""
+
+
 class STTransformer(nn.Module):
     """(B, T, N, D) -> (B, T, N, D). `num_layers` counts attention layers: see TransformerConfig."""
 

@@ -40,16 +40,17 @@ def _demo() -> Config:
     """From nothing to a playable CoinRun in a quarter of an hour on two CPU cores."""
     small = TransformerConfig(num_layers=4, d_model=128, num_heads=2, head_dim=64, qk_norm=False)
     shallow = small.model_copy(update={"num_layers": 2})
-    fast = OptimizerConfig(max_lr=3e-3, min_lr=1e-4, beta2=0.99, warmup_steps=100)
+    tokenizer_rates = OptimizerConfig(max_lr=1e-2, min_lr=3e-4, muon_lr=6e-3, beta2=0.99, warmup_steps=30)
+    world_rates = OptimizerConfig(max_lr=1e-3, min_lr=1e-4, token_lr=2e-2, muon_lr=3e-3, beta2=0.99, warmup_steps=30)
     return Config(
         name="demo",
         data=DataConfig(train_levels=4096, steps_per_level=64, action_hold=8),
         tokenizer=TokenizerConfig(
             patch_size=8,
             codes_per_patch=4,
-            encoder=small,
-            decoder=small,
-            codebook=CodebookConfig(num_codes=512, commitment=0.05),
+            encoder=shallow,
+            decoder=small.model_copy(update={"num_layers": 6}),
+            codebook=CodebookConfig(num_codes=1024, commitment=0.05),
         ),
         lam=LAMConfig(
             patch_size=16,
@@ -65,10 +66,8 @@ def _demo() -> Config:
             transformer=TransformerConfig(num_layers=8, d_model=128, num_heads=2, head_dim=64), clean_frames=0.5
         ),
         sampling=SamplingConfig(maskgit_steps=8, temperature=0.5),
-        train_tokenizer=StageConfig(steps=2000, batch_size=4, optimizer=fast, checkpoint_every=200),
-        train_world=StageConfig(
-            steps=1700, batch_size=4, optimizer=fast.model_copy(update={"max_lr": 1e-3}), checkpoint_every=200
-        ),
+        train_tokenizer=StageConfig(steps=2000, batch_size=4, optimizer=tokenizer_rates, checkpoint_every=100),
+        train_world=StageConfig(steps=1700, batch_size=4, optimizer=world_rates, checkpoint_every=100),
         evaluation=EvaluationConfig(clips=128),
     )
 
@@ -76,7 +75,7 @@ def _demo() -> Config:
 def _tiny() -> Config:
     """Every part at its smallest: what the tests train, in seconds. Its pictures mean nothing."""
     tiny = TransformerConfig(num_layers=2, d_model=32, num_heads=2, head_dim=16)
-    fast = OptimizerConfig(max_lr=3e-3, min_lr=3e-4, beta2=0.99, warmup_steps=2)
+    fast = OptimizerConfig(max_lr=3e-3, min_lr=3e-4, token_lr=1e-2, muon_lr=3e-3, beta2=0.99, warmup_steps=2)
     stage = StageConfig(steps=8, batch_size=2, optimizer=fast, log_every=2, checkpoint_every=4)
     return Config(
         name="tiny",

@@ -21,7 +21,7 @@ from genie_model.config import Config, StageConfig
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore
 from genie_model.genie import Genie
-from genie_model.optim import learning_rate, make_optimizer
+from genie_model.optim import Optimizers, learning_rate_share
 from genie_model.progress import NoLog, RunLog, bar, summary
 from genie_model.source import code_digest
 
@@ -137,8 +137,8 @@ def fit(
     """Trains `module` in place from its newest checkpoint to `stage.steps`; returns a line that says how it went."""
     native.keep_freed_memory()
     module.to(native.device()).train()
-    optimizer = make_optimizer(module, stage.optimizer)
-    start = state.restore(module, optimizer)
+    optimizers = Optimizers(module, stage.optimizer)
+    start = state.restore(module, optimizers)
     frames_per_step = stage.batch_size * loader.clip_length
     began, logs = time.monotonic(), dict[str, float]()
     with bar(desc=desc, unit="frame", total=stage.steps * frames_per_step, initial=start * frames_per_step) as progress:
@@ -149,10 +149,7 @@ def fit(
                 loss, tensors = module(native.to_unit_frames(batch))
             loss.backward()
             gradient_norm = nn.utils.clip_grad_norm_(module.parameters(), stage.optimizer.clip_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, stage.steps, stage.optimizer)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizers.step(learning_rate_share(step, stage.steps, stage.optimizer))
             progress.update(frames_per_step)
             done = step + 1
             if done % stage.log_every == 0 or done == stage.steps:
@@ -163,7 +160,7 @@ def fit(
                 log.metrics(logs | {"frames_per_second": rate}, done)
                 progress.set_postfix_str(_shown(logs))
             if done % stage.checkpoint_every == 0 and done < stage.steps:
-                state.save(done, module, optimizer)
+                state.save(done, module, optimizers)
     seconds = time.monotonic() - began
     resumed = f" (carried on from step {start:,})" if start else ""
     rate = (stage.steps - start) * frames_per_step / seconds

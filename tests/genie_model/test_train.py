@@ -15,7 +15,7 @@ from genie_model.data.coinrun import collect
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore
 from genie_model.genie import Genie
-from genie_model.optim import learning_rate, make_optimizer
+from genie_model.optim import Optimizers, learning_rate_share
 from genie_model.presets import get_preset
 from genie_model.progress import NoLog
 from genie_model.train import fit, train_tokenizer, train_world
@@ -145,13 +145,14 @@ def test_broken_models_say_so(tmp_path: Path) -> None:
 
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = torch.nn.Linear(3, 3)
-    optimizer = make_optimizer(module, CONFIG.train_world.optimizer)
+    optimizers = Optimizers(module, CONFIG.train_world.optimizer)
     module(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
+    optimizers.step()
     state = TrainingState(str(tmp_path))
-    state.save(4, module, optimizer)
+    state.save(4, module, optimizers)
     old = module.weight.detach().clone()
-    optimizer.step()
+    module(torch.ones(1, 3)).sum().backward()
+    optimizers.step()
     real = files.write_atomic
     for number in range(3):  # die at each of the files of the next checkpoint
         left = iter(range(number))
@@ -163,9 +164,9 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypat
 
         monkeypatch.setattr(files, "write_atomic", write)
         with pytest.raises(Killed):
-            state.save(8, module, optimizer)
+            state.save(8, module, optimizers)
         other = torch.nn.Linear(3, 3)
-        assert state.restore(other, make_optimizer(other, CONFIG.train_world.optimizer)) == 4
+        assert state.restore(other, Optimizers(other, CONFIG.train_world.optimizer)) == 4
         assert torch.equal(other.weight, old)
 
 
@@ -185,20 +186,37 @@ def test_a_full_disk_is_one_clear_line_and_keeps_what_was_there(
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_weight_decay_leaves_gains_biases_and_positions_alone() -> None:
+def test_every_parameter_has_the_optimizer_and_the_rate_of_its_kind() -> None:
+    rates = {"max_lr": 1.0, "token_lr": 2.0, "muon_lr": 3.0, "weight_decay": 0.5}
     genie = Genie(CONFIG)
-    decayed, left = (group["params"] for group in make_optimizer(genie, CONFIG.train_world.optimizer).param_groups)
+    optimizers = Optimizers(genie, CONFIG.train_world.optimizer.model_copy(update=rates))
     names = {parameter: name for name, parameter in genie.named_parameters()}
-    assert {names[p].rpartition(".")[2] for p in decayed} == {"weight"}
-    assert len(decayed) + len(left) == len(names)
-    assert {"lam.encoder_position", "dynamics.position", "dynamics.transformer.norm.weight"} <= {names[p] for p in left}
+    found = {
+        names[p]: (type(part).__name__, group["lr"], group["weight_decay"])
+        for part in optimizers.parts
+        for group in part.param_groups
+        for p in group["params"]
+    }
+    assert set(found) == set(names.values())
+    assert found["dynamics.token_in.weight"] == found["dynamics.logits_out.weight"] == ("AdamW", 2.0, 0.5)
+    assert found["dynamics.logits_out.bias"] == ("AdamW", 2.0, 0.0)
+    assert found["dynamics.position"] == found["dynamics.transformer.norm.weight"] == ("AdamW", 1.0, 0.0)
+    assert found["lam.patch_out.weight"] == ("AdamW", 1.0, 0.5)
+    by_muon = {name for name, (kind, _, _) in found.items() if kind == "Muon"}
+    assert by_muon == {name for name in found if ".sublayers." in name and "norm" not in name and "scale" not in name}
+    assert {found[name] for name in by_muon} == {("Muon", 3.0, 0.5)}
+
+
+def test_without_muon_the_matrices_are_adamw_s() -> None:
+    (adamw,) = Optimizers(Genie(CONFIG), CONFIG.train_world.optimizer.model_copy(update={"muon_lr": 0.0})).parts
+    assert sum(len(group["params"]) for group in adamw.param_groups) == len(list(Genie(CONFIG).parameters()))
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
-    config = CONFIG.train_world.optimizer.model_copy(update={"warmup_steps": 10, "max_lr": 1.0, "min_lr": 0.1})
-    rates = [learning_rate(step, 110, config) for step in range(111)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == rates[10] == 1.0
-    assert rates[60] == pytest.approx(0.55)
-    assert rates[110] == pytest.approx(0.1)
-    assert all(a >= b for a, b in pairwise(rates[10:]))
+    config = CONFIG.train_world.optimizer.model_copy(update={"warmup_steps": 10, "max_lr": 2.0, "min_lr": 0.2})
+    shares = [learning_rate_share(step, 110, config) for step in range(111)]
+    assert shares[0] == pytest.approx(0.1)
+    assert shares[9] == shares[10] == 1.0
+    assert shares[60] == pytest.approx(0.55)
+    assert shares[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(shares[10:]))
