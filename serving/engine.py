@@ -58,6 +58,7 @@ class Engine:
         self._problem = "the model is loading"
         self._sessions: dict[str, Session] = {}
         self._starting = 0
+        self.decoding = asyncio.Semaphore(2)  # uploads decoded at once: a picture of 40 megapixels takes 300 MB
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._stopped = threading.Event()
 

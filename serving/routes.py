@@ -85,8 +85,11 @@ async def create_session(
     model = engine.model
     if (image is None) == (start_frame is None):
         raise BadRequestError("send either an image or the name of a start_frame")
-    picture = await image.read() if image else _start_frame(model, start_frame or "")
-    frame_HWC = await run_in_threadpool(frame_from_upload, picture, model.info.frame_size, settings.max_upload_pixels)
+    async with engine.decoding:
+        picture = await image.read() if image else _start_frame(model, start_frame or "")
+        frame_HWC = await run_in_threadpool(
+            frame_from_upload, picture, model.info.frame_size, settings.max_upload_pixels
+        )
     return (await engine.create(model, frame_HWC, seed)).info()
 
 
