@@ -40,8 +40,8 @@ def _demo() -> Config:
     """From nothing to a playable CoinRun in a quarter of an hour on two CPU cores."""
     small = TransformerConfig(num_layers=4, d_model=128, num_heads=2, head_dim=64, qk_norm=False)
     shallow = small.model_copy(update={"num_layers": 2})
-    tokenizer_rates = OptimizerConfig(max_lr=1e-2, min_lr=3e-4, muon_lr=6e-3, beta2=0.99, warmup_steps=30)
-    world_rates = OptimizerConfig(max_lr=1e-3, min_lr=1e-4, token_lr=2e-2, muon_lr=3e-3, beta2=0.99, warmup_steps=30)
+    tokenizer_rates = OptimizerConfig(max_lr=1e-2, min_lr=1e-4, muon_lr=6e-3, beta2=0.99, warmup_steps=30)
+    world_rates = OptimizerConfig(max_lr=1e-3, min_lr=1e-5, token_lr=2e-2, muon_lr=3e-3, beta2=0.99, warmup_steps=30)
     return Config(
         name="demo",
         data=DataConfig(train_levels=4096, steps_per_level=64, action_hold=8),
