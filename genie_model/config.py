@@ -24,7 +24,8 @@ class ConfigNode(BaseModel):
 class DataConfig(ConfigNode):
     """Procgen CoinRun as App. F.1 collects it: hard mode, a uniform random policy, 10M frames over 10,000 levels."""
 
-    frame_size: int = Field(64, ge=8, description="height and width in pixels; Procgen renders 64")
+    frame_height: int = Field(64, ge=8, description="in pixels; Procgen renders 64")
+    frame_width: int = Field(64, ge=8, description="in pixels; Procgen renders 64")
     clip_length: int = Field(16, ge=2, description="frames per training clip (section 3)")
     train_levels: int = Field(10_000, ge=1, le=10_000, description="level seeds 0..train_levels-1, each visited once")
     eval_levels: int = Field(64, ge=1, description="held-out level seeds, from eval_first_level on")
@@ -66,11 +67,19 @@ class CodebookConfig(ConfigNode):
 class TokenizerConfig(ConfigNode):
     """The video tokenizer (section 2.1, App. C.2)."""
 
+    architecture: Literal["st_vivit", "vit", "c_vivit"] = Field(
+        "st_vivit", description="Table 3: vit sees frames alone, c_vivit attends to space and time at once"
+    )
     patch_size: int = Field(4, ge=1)
     codes_per_patch: int = Field(1, ge=1, description="1 as in the paper; 4, 16, ...: one per square of the patch")
     encoder: TransformerConfig
     decoder: TransformerConfig
     codebook: CodebookConfig
+
+    @property
+    def token_dim(self) -> int:
+        """Numbers in the code vectors of a patch."""
+        return self.codes_per_patch * self.codebook.latent_dim
 
 
 class LAMConfig(ConfigNode):
@@ -79,7 +88,8 @@ class LAMConfig(ConfigNode):
     The defaults are the paper's. `demo` sets the rest: with minutes of training, a code must soon be worth learning.
     """
 
-    patch_size: int = Field(16, ge=1)
+    inputs: Literal["pixels", "tokens"] = Field("pixels", description="Table 2: tokens enter as their codes' vectors")
+    patch_size: int = Field(16, ge=1, description="of pixel inputs; tokens are patches already")
     encoder: TransformerConfig
     decoder: TransformerConfig
     codebook: CodebookConfig
@@ -172,9 +182,9 @@ class Config(ConfigNode):
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
         for part in ("tokenizer", "lam"):
-            patch = getattr(self, part).patch_size
-            if self.data.frame_size % patch:
-                raise ValueError(f"{part}.patch_size={patch} does not divide data.frame_size={self.data.frame_size}")
+            patch, least = getattr(self, part).patch_size, min(self.data.frame_height, self.data.frame_width)
+            if patch > least:
+                raise ValueError(f"{part}.patch_size={patch} is larger than the frame: at most {least}")
         side = math.isqrt(self.tokenizer.codes_per_patch)
         if side**2 != self.tokenizer.codes_per_patch or self.tokenizer.patch_size % side:
             wrong = f"tokenizer.codes_per_patch={self.tokenizer.codes_per_patch}"
@@ -184,9 +194,18 @@ class Config(ConfigNode):
             raise ValueError(f"evaluation.prompt_frames + evaluation.horizon must be at most {limit}")
         if self.lam.predict == "motion" and not self.lam.motion_rows + self.lam.motion_columns:
             raise ValueError("lam.predict=motion needs lam.motion_rows or lam.motion_columns above 0")
+        if self.lam.inputs == "tokens" and self.lam.motion_rows + self.lam.motion_columns:
+            raise ValueError(
+                "lam.inputs=tokens have no pixels to match: set lam.motion_rows=0 and lam.motion_columns=0"
+            )
         if self.dynamics.mask_rate_min > self.dynamics.mask_rate_max:
             raise ValueError("dynamics.mask_rate_min is above dynamics.mask_rate_max")
         return self
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """Of a frame: height, width, 3."""
+        return self.data.frame_height, self.data.frame_width, 3
 
     @property
     def num_actions(self) -> int:

@@ -47,9 +47,11 @@ class Genie(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        size, window = config.data.frame_size, config.data.clip_length
-        self.tokenizer = VideoTokenizer(config.tokenizer, size, window)
-        self.lam = LatentActionModel(config.lam, size, window)
+        (height, width, _), window = config.frame_shape, config.data.clip_length
+        self.tokenizer = VideoTokenizer(config.tokenizer, height, width, window)
+        self.lam = LatentActionModel(
+            config.lam, height, width, window, self.tokenizer.num_patches, config.tokenizer.token_dim
+        )
         self.dynamics = DynamicsModel(
             config.dynamics,
             num_codes=config.tokenizer.codebook.num_codes,
@@ -69,7 +71,7 @@ class Genie(nn.Module):
         """Co-training (section 2.1): LAM and dynamics in one step, the tokenizer frozen. Clips in [0, 1]."""
         with torch.no_grad():
             codes_BTNC = self.tokenizer.encode(x_BTHWC)
-        lam_loss, actions, lam_logs = self.lam(x_BTHWC)
+        lam_loss, actions, lam_logs = self.lam(self.lam_input(x_BTHWC, codes_BTNC))
         dynamics_loss, dynamics_logs = self.dynamics(codes_BTNC, actions.latents_BTL)
         logs = {f"lam/{name}": value for name, value in lam_logs.items()}
         logs |= {f"dynamics/{name}": value for name, value in dynamics_logs.items()}
@@ -103,6 +105,10 @@ class Genie(nn.Module):
         """
         if not 0 <= int(action_B.min()) <= int(action_B.max()) < self.config.num_actions:
             raise ValueError(f"actions must be in 0..{self.config.num_actions - 1}, got {action_B.tolist()}")
+        return self.advance(state, action_B)
+
+    def advance(self, state: PlayState, action_B: Tensor) -> Tensor:
+        """`step` without a look at the actions' values, which are then on the device still."""
         action_BL = self.lam.quantizer.embed(action_B)
         chances = [torch.Generator().manual_seed((seed * 1_000_003 + state.t) % 2**63) for seed in state.seeds]
         codes_B1NC = sample_frame(
@@ -120,12 +126,24 @@ class Genie(nn.Module):
     @torch.inference_mode()
     def infer_actions(self, frames_BTHWC: Tensor) -> Tensor:
         """uint8 clips -> the latent actions between their frames, int64 (B, T-1)."""
-        return self.lam.infer(_to_unit(frames_BTHWC)).codes_BT
+        return self.lam.infer(self.lam_input(_to_unit(frames_BTHWC))).codes_BT
 
     @torch.inference_mode()
     def lam_reconstruct(self, frames_BTHWC: Tensor) -> Tensor:
         """uint8 clips -> frames 2..T as the LAM's decoder rebuilds them, in [0, 1]."""
-        return self.lam.predict(_to_unit(frames_BTHWC))
+        predicted = self.lam.predict(self.lam_input(_to_unit(frames_BTHWC)))
+        if self.config.lam.inputs == "pixels":
+            return predicted
+        tokenizer = self.config.tokenizer
+        latents_BTNCL = predicted.view(*predicted.shape[:-1], tokenizer.codes_per_patch, tokenizer.codebook.latent_dim)
+        return self.tokenizer.decode(self.tokenizer.quantizer(latents_BTNCL).codes)
+
+    def lam_input(self, x_BTHWC: Tensor, codes_BTNC: Tensor | None = None) -> Tensor:
+        """Clips in [0, 1] as the LAM takes them; their codes, if known, are not computed again."""
+        if self.config.lam.inputs == "pixels":
+            return x_BTHWC
+        codes_BTNC = self.tokenizer.encode(x_BTHWC) if codes_BTNC is None else codes_BTNC
+        return self.tokenizer.quantizer.embed(codes_BTNC).flatten(-2)
 
     @torch.inference_mode()
     def tokenize(self, frames_BTHWC: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from genie_model.config import LAMConfig
-from genie_model.layers import STTransformer, patchify, unpatchify
+from genie_model.layers import PatchGrid, STTransformer
 from genie_model.quantizer import VectorQuantizer
 
 
@@ -23,16 +23,22 @@ class LatentActions(NamedTuple):
 class LatentActionModel(nn.Module):
     """The encoder sees x_1..t+1 and names what happened; the decoder must rebuild x_t+1 from x_1..t and that name.
 
-    The paper's is the default. What the other settings of LAMConfig are for: in a scrolling game a press of a button
-    moves the picture by half a pixel and a fall by four. Plain squared error spends all codes on falls, a transformer
-    over 16 x 16 patches takes long to see half a pixel at all, and longer to learn to move patches by it. So it may be
-    shown how well shifted patches match, and may predict by shifting them.
+    The paper's is the default; tokens instead of pixels are its ablation (Table 2). What the other settings of
+    LAMConfig are for: in a scrolling game a press of a button moves the picture by half a pixel and a fall by four.
+    Plain squared error spends all codes on falls, a transformer over 16 x 16 patches takes long to see half a pixel at
+    all, and longer to learn to move patches by it. So it may be shown how well shifted patches match, and may predict
+    by shifting them.
     """
 
-    def __init__(self, config: LAMConfig, frame_size: int, window: int) -> None:
+    def __init__(
+        self, config: LAMConfig, height: int, width: int, window: int, num_tokens: int, token_dim: int
+    ) -> None:
+        """`num_tokens` of `token_dim` numbers make a frame where `config.inputs` are tokens."""
         super().__init__()
-        self.config, self.frame_size = config, frame_size
-        pixels, patches = config.patch_size**2 * 3, (frame_size // config.patch_size) ** 2
+        self.config, self.grid = config, PatchGrid(height, width, config.patch_size)
+        pixels, patches = config.patch_size**2 * 3, self.grid.num_patches
+        if config.inputs == "tokens":
+            pixels, patches = token_dim, num_tokens
         self.sees_motion = config.motion_rows + config.motion_columns > 0
         shifts = (2 * config.motion_rows + 1) * (2 * config.motion_columns + 1)
         seen = 2 * pixels + shifts if self.sees_motion else pixels
@@ -56,9 +62,9 @@ class LatentActionModel(nn.Module):
             nn.init.zeros_(self.shift_out.bias)
             self.shift_out.bias.data[shifts // 2] = math.log(shifts)  # half the weight on no shift at all
 
-    def forward(self, x_BTHWC: Tensor) -> tuple[Tensor, LatentActions, dict[str, Tensor]]:
-        """Loss, actions and logs of clips in [0, 1]."""
-        patches = patchify(x_BTHWC, self.config.patch_size)
+    def forward(self, clips: Tensor) -> tuple[Tensor, LatentActions, dict[str, Tensor]]:
+        """Loss, actions and logs of clips in [0, 1] (B, T, H, W, 3), or of their tokens' vectors (B, T, N, C * L)."""
+        patches = self._patches(clips)
         seen = self._see(patches)
         actions, quantizer_loss, logs = self._infer(seen)
         predicted = self._predict(patches[:, :-1], seen[:, :-1], actions.latents_BTL).float()
@@ -72,23 +78,26 @@ class LatentActionModel(nn.Module):
         logs |= {"mse": error, "mse_over_copy": error / (copy_error + 1e-6), "commitment": quantizer_loss}
         return loss + quantizer_loss, actions, {name: value.detach() for name, value in logs.items()}
 
-    def infer(self, x_BTHWC: Tensor) -> LatentActions:
-        """The latent actions between the frames of clips in [0, 1]."""
-        return self._infer(self._see(patchify(x_BTHWC, self.config.patch_size)))[0]
+    def infer(self, clips: Tensor) -> LatentActions:
+        """The latent actions between the frames of clips, given as to `forward`."""
+        return self._infer(self._see(self._patches(clips)))[0]
 
-    def predict(self, x_BTHWC: Tensor) -> Tensor:
-        """Frames 2..T as the decoder rebuilds them, in [0, 1]."""
-        patches = patchify(x_BTHWC, self.config.patch_size)
+    def predict(self, clips: Tensor) -> Tensor:
+        """Frames 2..T as the decoder rebuilds them, of the kind that was given."""
+        patches = self._patches(clips)
         seen = self._see(patches)
         predicted = self._predict(patches[:, :-1], seen[:, :-1], self._infer(seen)[0].latents_BTL)
-        return unpatchify(predicted.float(), self.config.patch_size, self.frame_size)
+        return predicted.float() if self.config.inputs == "tokens" else self.grid.join(predicted.float())
+
+    def _patches(self, clips: Tensor) -> Tensor:
+        return clips if self.config.inputs == "tokens" else self.grid.cut(clips)
 
     def _see(self, patches_BTNP: Tensor) -> Tensor:
         """What both transformers see of every frame: its patches, and their motion since the frame before."""
         if not self.sees_motion:
             return patches_BTNP
         before = torch.cat([patches_BTNP[:, :1], patches_BTNP[:, :-1]], 1)
-        x_BTHWC = unpatchify(patches_BTNP, self.config.patch_size, self.frame_size)
+        x_BTHWC = self.grid.tile(patches_BTNP)
         matches = block_matching(x_BTHWC, self.config.patch_size, self.config.motion_rows, self.config.motion_columns)
         return torch.cat([patches_BTNP, patches_BTNP - before, matches], -1)
 
@@ -104,6 +113,8 @@ class LatentActionModel(nn.Module):
         action_BTD = self.action_in(latents_BTL.to(h_BTND.dtype))
         h_BTND = self.decoder(h_BTND + self.decoder_position.to(h_BTND.dtype) + action_BTD[:, :, None])
         out_BTNP: Tensor = self.patch_out(h_BTND).float()
+        if self.config.inputs == "tokens":
+            return out_BTNP
         if self.config.predict == "motion":
             shifts_BTNS = self.shift_out(h_BTND) + self.action_shift(latents_BTL)[:, :, None]
             moved_BTNP = self._move(patches_BTNP, shifts_BTNS.float().softmax(-1))
@@ -116,7 +127,7 @@ class LatentActionModel(nn.Module):
         Convolutional dynamic neural advection (Finn et al., 2016), a kernel for every patch.
         """
         P, rows, columns = self.config.patch_size, self.config.motion_rows, self.config.motion_columns
-        frames_XCHW = unpatchify(patches_BTNP.float(), P, self.frame_size).flatten(0, 1).movedim(-1, 1)
+        frames_XCHW = self.grid.tile(patches_BTNP.float()).flatten(0, 1).movedim(-1, 1)
         padded = F.pad(frames_XCHW, (columns, columns, rows, rows), mode="replicate")
         windows = padded.unfold(2, P + 2 * rows, P).unfold(3, P + 2 * columns, P)
         windows_YCRS = rearrange(windows, "x c h w r s -> (x h w) c r s")

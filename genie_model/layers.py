@@ -10,12 +10,16 @@ attention is causal, so a finished frame's keys and values cannot change. A `Tem
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from genie_model.config import TransformerConfig
+
+AttentionKind = Literal["factorized", "spatial", "full"]
 
 
 class TemporalCache:
@@ -115,9 +119,12 @@ class TemporalAttention(Attention):
             if commit:
                 kept = self.window - 1
                 cache.layers[layer] = (k[..., max(past + T - kept, 0) :, :], v[..., max(past + T - kept, 0) :, :])
-        o = self.attend(q, k, v, self._bias(T, past, x_BTND.device))
-        merged: Tensor = self.out(rearrange(o, "b n h t k -> b t n (h k)"))
+        o_BNHTK = self.attend_in_time(q, k, v, self._bias(T, past, x_BTND.device))
+        merged: Tensor = self.out(rearrange(o_BNHTK, "b n h t k -> b t n (h k)"))
         return merged
+
+    def attend_in_time(self, q_BNHTK: Tensor, k_BNHSK: Tensor, v_BNHSK: Tensor, bias_TS: Tensor | None) -> Tensor:
+        return self.attend(q_BNHTK, k_BNHSK, v_BNHSK, bias_TS)
 
     def _rotate(self, x_2BNHTK: Tensor, start: int) -> Tensor:
         positions = torch.arange(start, start + x_2BNHTK.shape[-2], device=x_2BNHTK.device)
@@ -131,6 +138,16 @@ class TemporalAttention(Attention):
             return None
         age = torch.arange(past, past + T, device=device)[:, None] - torch.arange(past + T, device=device)
         return torch.zeros(T, past + T, device=device).masked_fill((age < 0) | (age >= self.window), float("-inf"))
+
+
+class SpaceTimeAttention(TemporalAttention):
+    """Every patch attends to all patches of its own and earlier frames, as in C-ViViT (Villegas et al., 2023)."""
+
+    def attend_in_time(self, q_BNHTK: Tensor, k_BNHSK: Tensor, v_BNHSK: Tensor, bias_TS: Tensor | None) -> Tensor:
+        N = q_BNHTK.shape[1]
+        q, k, v = (rearrange(x, "b n h t k -> b h (t n) k") for x in (q_BNHTK, k_BNHSK, v_BNHSK))
+        bias = None if bias_TS is None else bias_TS.repeat_interleave(N, 0).repeat_interleave(N, 1)
+        return rearrange(self.attend(q, k, v, bias), "b h (t n) k -> b n h t k", n=N)
 
 
 class FeedForward(nn.Module):
@@ -150,14 +167,22 @@ class ToCodes(nn.Linear):
 
 
 class STTransformer(nn.Module):
-    """(B, T, N, D) -> (B, T, N, D). `num_layers` counts attention layers: see TransformerConfig."""
+    """(B, T, N, D) -> (B, T, N, D). `num_layers` counts attention layers: see TransformerConfig.
 
-    def __init__(self, config: TransformerConfig, window: int) -> None:
+    `attention` says which: "factorized" alternates between space and time and has a feed-forward after both, as all of
+    Genie; "spatial" (ViT) and "full" (C-ViViT) are what Table 3 compares it with, with a feed-forward after each.
+    """
+
+    def __init__(self, config: TransformerConfig, window: int, attention: AttentionKind = "factorized") -> None:
         super().__init__()
         self.config = config
         sublayers: list[nn.Module] = []
         for i in range(config.num_layers):
-            if i % 2 == 0:
+            if attention == "spatial":
+                sublayers += [SpatialAttention(config), FeedForward(config)]
+            elif attention == "full":
+                sublayers += [SpaceTimeAttention(config, window), FeedForward(config)]
+            elif i % 2 == 0:
                 sublayers.append(SpatialAttention(config))
             else:
                 sublayers += [TemporalAttention(config, window), FeedForward(config)]
@@ -188,11 +213,31 @@ class STTransformer(nn.Module):
         return y_BTND
 
 
-def patchify(x_BTHWC: Tensor, patch: int) -> Tensor:
-    """Frames to flattened patches (B, T, N, patch * patch * 3)."""
-    return rearrange(x_BTHWC, "b t (h p) (w q) c -> b t (h w) (p q c)", p=patch, q=patch)
+class PatchGrid:
+    """How frames are cut into N = rows * columns patches of P = patch * patch * 3 numbers, and put together again.
 
+    Where patches do not fit (the paper's 160 x 90 frames, patches of 4 and 16), the last row and column of pixels go on
+    to the patch's end, and are cut off again: 40 x 23 patches of 4, which makes Table 10's 750B tokens.
+    """
 
-def unpatchify(x_BTNP: Tensor, patch: int, height: int) -> Tensor:
-    """The inverse of `patchify`."""
-    return rearrange(x_BTNP, "b t (h w) (p q c) -> b t (h p) (w q) c", p=patch, q=patch, h=height // patch)
+    def __init__(self, height: int, width: int, patch: int) -> None:
+        self.height, self.width, self.patch = height, width, patch
+        self.rows, self.columns = -(-height // patch), -(-width // patch)
+        self.num_patches = self.rows * self.columns
+
+    def cut(self, x_BTHWC: Tensor) -> Tensor:
+        """(B, T, H, W, 3) -> (B, T, N, P)."""
+        below, right = self.rows * self.patch - self.height, self.columns * self.patch - self.width
+        if below:
+            x_BTHWC = torch.cat([x_BTHWC, x_BTHWC[:, :, -1:].expand(-1, -1, below, -1, -1)], 2)
+        if right:
+            x_BTHWC = torch.cat([x_BTHWC, x_BTHWC[:, :, :, -1:].expand(-1, -1, -1, right, -1)], 3)
+        return rearrange(x_BTHWC, "b t (h p) (w q) c -> b t (h w) (p q c)", p=self.patch, q=self.patch)
+
+    def join(self, x_BTNP: Tensor) -> Tensor:
+        """(B, T, N, P) -> (B, T, H, W, 3)."""
+        return self.tile(x_BTNP)[:, :, : self.height, : self.width]
+
+    def tile(self, x_BTNP: Tensor) -> Tensor:
+        """(B, T, N, P) -> (B, T, rows * patch, columns * patch, 3): what `cut` added is still there."""
+        return rearrange(x_BTNP, "b t (h w) (p q c) -> b t (h p) (w q) c", p=self.patch, q=self.patch, h=self.rows)

@@ -1,4 +1,4 @@
-"""Named configs: the paper's case study, and small ones that run on a laptop."""
+"""Named configs: the paper's (paper.py), and small ones that run on a laptop."""
 
 from __future__ import annotations
 
@@ -16,24 +16,7 @@ from genie_model.config import (
     TransformerConfig,
     _did_you_mean,
 )
-
-
-def _coinrun() -> Config:
-    """The reproducible case study of App. F: Tables 15, 16 and 17; a week on one mid-range accelerator."""
-    eight_layers = TransformerConfig(num_layers=8, d_model=512, num_heads=8, head_dim=64)
-    table_8 = OptimizerConfig(max_lr=3e-4, min_lr=3e-4, warmup_steps=10_000)
-    table_9 = OptimizerConfig(max_lr=3e-5, min_lr=3e-6, warmup_steps=5_000)
-    return Config(
-        name="coinrun",
-        tokenizer=TokenizerConfig(
-            patch_size=4, encoder=eight_layers, decoder=eight_layers, codebook=CodebookConfig(num_codes=1024)
-        ),
-        lam=LAMConfig(patch_size=16, encoder=eight_layers, decoder=eight_layers, codebook=CodebookConfig(num_codes=6)),
-        dynamics=DynamicsConfig(transformer=TransformerConfig(num_layers=12, d_model=512, num_heads=8, head_dim=64)),
-        sampling=SamplingConfig(maskgit_steps=25, temperature=1.0),
-        train_tokenizer=StageConfig(steps=300_000, batch_size=48, optimizer=table_8, checkpoint_every=5_000),
-        train_world=StageConfig(steps=200_000, batch_size=36, optimizer=table_9, checkpoint_every=5_000),
-    )
+from genie_model.paper import PAPER_PRESETS
 
 
 def _demo() -> Config:
@@ -112,7 +95,7 @@ def _tiny() -> Config:
     )
 
 
-_PRESETS = {"coinrun": _coinrun, "demo": _demo, "tiny": _tiny}
+_PRESETS = {name: preset.make for name, preset in PAPER_PRESETS.items()} | {"demo": _demo, "tiny": _tiny}
 
 
 def preset_names() -> list[str]:

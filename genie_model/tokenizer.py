@@ -1,4 +1,7 @@
-"""The video tokenizer (section 2.1): a VQ-VAE whose encoder and decoder are causal ST-transformers (ST-ViViT)."""
+"""The video tokenizer (section 2.1): a VQ-VAE whose encoder and decoder are causal ST-transformers (ST-ViViT).
+
+The two others of Table 3 are a config field: `vit`, which codes every frame alone, and `c_vivit`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from genie_model.config import TokenizerConfig
-from genie_model.layers import STTransformer, TemporalCache, patchify, unpatchify
+from genie_model.layers import AttentionKind, PatchGrid, STTransformer, TemporalCache
 from genie_model.quantizer import VectorQuantizer
+
+_ATTENTION: dict[str, AttentionKind] = {"st_vivit": "factorized", "vit": "spatial", "c_vivit": "full"}
 
 
 class VideoTokenizer(nn.Module):
@@ -23,19 +28,19 @@ class VideoTokenizer(nn.Module):
     codes mean the same wherever and whenever they occur, and one wrong code spoils one small square.
     """
 
-    def __init__(self, config: TokenizerConfig, frame_size: int, window: int) -> None:
+    def __init__(self, config: TokenizerConfig, height: int, width: int, window: int) -> None:
         super().__init__()
-        self.config, self.frame_size = config, frame_size
-        self.num_patches = (frame_size // config.patch_size) ** 2
+        self.config, self.grid = config, PatchGrid(height, width, config.patch_size)
+        self.num_patches = self.grid.num_patches
         pixels, latent = config.patch_size**2 * 3, config.codes_per_patch * config.codebook.latent_dim
         self.patch_in = nn.Linear(pixels, config.encoder.d_model)
         self.encoder_position = nn.Parameter(0.02 * torch.randn(self.num_patches, config.encoder.d_model))
-        self.encoder = STTransformer(config.encoder, window)
+        self.encoder = STTransformer(config.encoder, window, _ATTENTION[config.architecture])
         self.to_latent = nn.Linear(config.encoder.d_model, latent)
         self.quantizer = VectorQuantizer(config.codebook)
         self.from_latent = nn.Linear(latent, config.decoder.d_model)
         self.decoder_position = nn.Parameter(0.02 * torch.randn(self.num_patches, config.decoder.d_model))
-        self.decoder = STTransformer(config.decoder, window)
+        self.decoder = STTransformer(config.decoder, window, _ATTENTION[config.architecture])
         self.patch_out = nn.Linear(config.decoder.d_model, pixels)
         self.squares = math.isqrt(config.codes_per_patch)  # per side
         if config.codes_per_patch > 1:
@@ -61,7 +66,7 @@ class VideoTokenizer(nn.Module):
         return self._decode(self.quantizer.embed(codes_BTNC), cache).float().clamp(0, 1)
 
     def _encode(self, x_BTHWC: Tensor) -> Tensor:
-        patches = patchify(x_BTHWC, self.config.patch_size)
+        patches = self.grid.cut(x_BTHWC)
         h_BTND = self.patch_in(patches)
         h_BTND = self.encoder(h_BTND + self.encoder_position.to(h_BTND.dtype))
         latents: Tensor = self.to_latent(h_BTND)
@@ -84,4 +89,4 @@ class VideoTokenizer(nn.Module):
                 squares, "b t n (a d) (p q c) -> b t n (a p d q c)", a=self.squares, p=side, q=side
             )
         # Zero output is mid-grey: the picture's own mean costs no capacity.
-        return unpatchify(patches + 0.5, self.config.patch_size, self.frame_size)
+        return self.grid.join(patches + 0.5)

@@ -15,8 +15,8 @@ Pixels = npt.NDArray[np.uint8]
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
-def frame_from_upload(upload: bytes, frame_size: int, max_pixels: int) -> Pixels:
-    """The picture, centre-cropped to a square and resized: uint8 (frame_size, frame_size, 3).
+def frame_from_upload(upload: bytes, height: int, width: int, max_pixels: int) -> Pixels:
+    """The picture, its middle cropped to the frame's aspect and resized: uint8 (height, width, 3).
 
     Transparent parts become white; of an animation the first picture is taken. Raises NotAnImageError,
     UploadTooLargeError (before anything is decoded), or BadRequestError for a damaged file.
@@ -35,7 +35,7 @@ def frame_from_upload(upload: bytes, frame_size: int, max_pixels: int) -> Pixels
         rgba = ImageOps.exif_transpose(image).convert("RGBA")
     except (OSError, SyntaxError, ValueError):  # what Pillow's decoders raise on broken data
         raise BadRequestError(f"this {image.format} file is damaged: save it anew and send that") from None
-    fitted = ImageOps.fit(rgba, (frame_size, frame_size), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(rgba, (width, height), Image.Resampling.LANCZOS)
     return np.asarray(Image.alpha_composite(Image.new("RGBA", fitted.size, "white"), fitted).convert("RGB"))
 
 

@@ -96,7 +96,8 @@ def load(version: ModelVersion) -> LoadedModel:
             version=version.version,
             run_id=version.run_id,
             num_actions=genie.config.num_actions,
-            frame_size=genie.config.data.frame_size,
+            frame_height=genie.config.data.frame_height,
+            frame_width=genie.config.data.frame_width,
         ),
         start_frames=_read_start_frames(version.folder),
     )
@@ -105,11 +106,11 @@ def load(version: ModelVersion) -> LoadedModel:
 def warm(model: LoadedModel) -> None:
     """Dreams one frame, so that the first player waits no longer than the second. Raises ValueError if it is none."""
     began = time.perf_counter()
-    size = model.info.frame_size
-    state = model.genie.start(torch.zeros(1, 1, size, size, 3, dtype=torch.uint8), seed=0)
+    shape = model.genie.config.frame_shape
+    state = model.genie.start(torch.zeros(1, 1, *shape, dtype=torch.uint8), seed=0)
     frame_BHWC = model.genie.step(state, torch.zeros(1, dtype=torch.long))
-    if frame_BHWC.shape != (1, size, size, 3) or frame_BHWC.dtype != torch.uint8:
-        raise ValueError(f"the model dreams {frame_BHWC.dtype} {tuple(frame_BHWC.shape)}, not frames of {size} pixels")
+    if frame_BHWC.shape != (1, *shape) or frame_BHWC.dtype != torch.uint8:
+        raise ValueError(f"the model dreams {frame_BHWC.dtype} {tuple(frame_BHWC.shape)}, not frames of {shape}")
     log.info("warmed up in %.2f s", time.perf_counter() - began)
 
 

@@ -77,7 +77,9 @@ async def start_frame_png(name: str, engine: EngineDep) -> Response:
 async def create_session(
     engine: EngineDep,
     settings: SettingsDep,
-    image: Annotated[UploadFile | None, File(description="a picture of any size: its centre square is taken")] = None,
+    image: Annotated[
+        UploadFile | None, File(description="a picture of any size: its middle is taken, in the aspect of a frame")
+    ] = None,
     start_frame: Annotated[str | None, Form(description="the name of a built-in start frame")] = None,
     seed: Annotated[int | None, Form(ge=0, lt=2**31, description="the same seed dreams the same world")] = None,
 ) -> SessionInfo:
@@ -88,7 +90,7 @@ async def create_session(
     async with engine.decoding:
         picture = await image.read() if image else _start_frame(model, start_frame or "")
         frame_HWC = await run_in_threadpool(
-            frame_from_upload, picture, model.info.frame_size, settings.max_upload_pixels
+            frame_from_upload, picture, model.info.frame_height, model.info.frame_width, settings.max_upload_pixels
         )
     return (await engine.create(model, frame_HWC, seed)).info()
 

@@ -12,7 +12,8 @@ class ModelInfo(BaseModel):
     version: str
     run_id: str = Field(description="the MLflow run that made it; empty for a model served from a folder")
     num_actions: int = Field(description="actions are 0 .. num_actions - 1")
-    frame_size: int = Field(description="height and width of a frame in pixels")
+    frame_height: int = Field(description="of a frame, in pixels")
+    frame_width: int = Field(description="of a frame, in pixels")
 
 
 class StartFrame(BaseModel):

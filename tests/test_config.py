@@ -31,7 +31,7 @@ def test_overrides_change_their_leaf_and_nothing_else() -> None:
         ("train_world.steps", "not of the form name=value"),
         ("train_world.steps=none", "train_world.steps"),
         ("train_world.precision=fp8", "'bf16' or 'fp32'"),
-        ("tokenizer.patch_size=7", "does not divide data.frame_size=64"),
+        ("tokenizer.patch_size=65", "tokenizer.patch_size=65 is larger than the frame: at most 64"),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong(override: str, message: str) -> None:

@@ -59,8 +59,9 @@ def collect(config: Config, root_uri: str, log: RunLog = NoLog()) -> str:  # noq
     made, to the same bytes whatever was interrupted before. Raises ValueError when the config asks for what Procgen
     cannot do or the data set there has another config, OSError when the disk is full (finished shards are kept).
     """
-    if (config.data.frame_size, config.data.frame_size, 3) != FRAME_SHAPE:
-        raise ValueError(f"Procgen renders 64 x 64 pixels: set data.frame_size=64, not {config.data.frame_size}")
+    if config.frame_shape != FRAME_SHAPE:
+        asked = f"{config.data.frame_width} x {config.data.frame_height}"
+        raise ValueError(f"Procgen renders 64 x 64 pixels, not {asked}: set data.frame_height=64, data.frame_width=64")
     uri = f"{root_uri.rstrip('/')}/datasets/coinrun-{config.digest('data')}"
     log.params({"data_uri": uri})
     for split in SPLITS:

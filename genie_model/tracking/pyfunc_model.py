@@ -37,11 +37,11 @@ class GeniePythonModel(PythonModel):
         """
         import torch
 
-        size, num_actions = self.genie.config.data.frame_size, self.genie.config.num_actions
+        shape, num_actions = self.genie.config.frame_shape, self.genie.config.num_actions
         frames_THWC = np.asarray(model_input["frames"], dtype=np.uint8)
         actions = np.asarray(model_input["actions"], dtype=np.int64)
-        if frames_THWC.ndim != 4 or frames_THWC.shape[1:] != (size, size, 3) or not len(frames_THWC):
-            raise ValueError(f"frames must be uint8 of shape (T, {size}, {size}, 3), got {frames_THWC.shape}")
+        if frames_THWC.ndim != 4 or frames_THWC.shape[1:] != shape or not len(frames_THWC):
+            raise ValueError(f"frames must be uint8 of shape (T, {shape[0]}, {shape[1]}, 3), got {frames_THWC.shape}")
         if actions.ndim != 1 or not len(actions) or actions.min() < 0 or actions.max() >= num_actions:
             raise ValueError(f"actions must be a list of numbers in 0..{num_actions - 1}, got {actions.tolist()}")
         state = self.genie.start(torch.from_numpy(frames_THWC.copy())[None], seed=int((params or {}).get("seed", 0)))

@@ -214,11 +214,11 @@ def _measure_again(client: MlflowClient, name: str, version: Any, data_uri: str,
     """Measures a version on `data_uri`/eval as `config` asks, and keeps its new figures."""
     summary("promote", f"{name} version {version.version} was measured otherwise: measures it as the candidate was")
     genie = load_model(str(_download(client, name, version)))
-    size = genie.config.data.frame_size
-    if size != config.data.frame_size:
+    drawn, wanted = genie.config.frame_shape, config.frame_shape
+    if drawn != wanted:
         raise ValueError(
-            f"{name} version {version.version}, the champion, draws {size} pixels a side and the candidate "
-            f"{config.data.frame_size}: they do not compare; move the alias by hand to replace it"
+            f"{name} version {version.version}, the champion, draws {drawn[1]} x {drawn[0]} pixels and the candidate "
+            f"{wanted[1]} x {wanted[0]}: they do not compare; move the alias by hand to replace it"
         )
     asked = {"data": config.data, "evaluation": config.evaluation, "seed": config.seed}
     figures = measure(genie.config.model_copy(update=asked), genie, HeldOut.open(f"{data_uri}/eval")).metrics
@@ -293,10 +293,10 @@ def _digest(folder: Path) -> str:
 
 
 def _signature(config: Config) -> ModelSignature:
-    size = config.data.frame_size
-    frames = TensorSpec(np.dtype("uint8"), (-1, size, size, 3), "frames")
+    shape = config.frame_shape
+    frames = TensorSpec(np.dtype("uint8"), (-1, *shape), "frames")
     actions = TensorSpec(np.dtype("int64"), (-1,), "actions")
-    dreamt = TensorSpec(np.dtype("uint8"), (-1, size, size, 3))
+    dreamt = TensorSpec(np.dtype("uint8"), (-1, *shape))
     return ModelSignature(Schema([frames, actions]), Schema([dreamt]), ParamSchema([ParamSpec("seed", "long", 0)]))
 
 

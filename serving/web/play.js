@@ -82,7 +82,10 @@ function end() {
 async function draw(response) {
   const bitmap = await createImageBitmap(await response.blob());
   const { canvas } = context;
-  if (canvas.width !== bitmap.width) canvas.width = canvas.height = bitmap.width;
+  if (canvas.width !== bitmap.width || canvas.height !== bitmap.height) {
+    [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
+    document.documentElement.style.setProperty("--aspect", bitmap.width / bitmap.height);
+  }
   context.drawImage(bitmap, 0, 0);
   $("steps").textContent = response.headers.get("X-Steps");
 }

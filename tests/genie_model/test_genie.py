@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from variants import VARIANTS
 
 from genie_model.genie import Genie
+from genie_model.layers import TemporalCache
 from genie_model.maskgit import sample_frame
 from genie_model.presets import get_preset
 
@@ -32,6 +34,30 @@ def test_a_world_is_a_function_of_prompt_actions_and_seed(genie: Genie, frames: 
     assert torch.equal(play(genie, frames, actions), play(genie, frames, actions))
     assert not torch.equal(play(genie, frames, actions), play(genie, frames, actions, seed=1))
     assert not torch.equal(play(genie, frames, actions)[-1], play(genie, frames, [[3, 0], [0, 2], [2, 3]])[-1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("prompt", [1, 2, 5, 8])
+def test_cached_equals_uncached_over_sixteen_frames(variant: str, prompt: int) -> None:
+    """What the sampler reads of a masked frame, and the picture: from the past that is kept, and from a whole pass."""
+    torch.manual_seed(0)
+    genie = Genie(CONFIG.with_overrides(*VARIANTS[variant], "data.clip_length=16")).eval()
+    dynamics, tokenizer = genie.dynamics, genie.tokenizer
+    past, painted = TemporalCache(), TemporalCache()
+    with torch.inference_mode():
+        codes_BTNC = tokenizer.encode(torch.rand(3, 16, *genie.config.frame_shape))
+        actions_BTL = torch.randn(3, 16, 32)
+        pictures = [tokenizer.decode(codes_BTNC[:, :prompt], painted)]
+        dynamics.hidden(codes_BTNC[:, :prompt], actions_BTL[:, :prompt], past, commit=True)
+        for t in range(prompt, 16):
+            now, action = codes_BTNC[:, t : t + 1], actions_BTL[:, t : t + 1]
+            masked = torch.where(torch.rand(now.shape) < 0.7, dynamics.mask_token, now)
+            cached = dynamics.hidden(masked, action, past)
+            whole = dynamics.hidden(torch.cat([codes_BTNC[:, :t], masked], 1), actions_BTL[:, : t + 1])[:, -1:]
+            torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-5)
+            dynamics.hidden(now, action, past, commit=True)
+            pictures.append(tokenizer.decode(now, painted))
+        torch.testing.assert_close(torch.cat(pictures, 1), tokenizer.decode(codes_BTNC), atol=1e-5, rtol=1e-5)
 
 
 def test_the_streamed_picture_equals_decoding_the_whole_clip(genie: Genie, frames: Tensor) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from genie_model.config import TransformerConfig
-from genie_model.layers import STTransformer, TemporalCache, patchify, unpatchify
+from genie_model.layers import PatchGrid, STTransformer, TemporalCache
 
 CONFIG = TransformerConfig(num_layers=5, d_model=16, num_heads=2, head_dim=6)  # odd: ends on a lone spatial layer
 WINDOW = 4
@@ -60,9 +60,13 @@ def test_positions_do_not_drift(model: STTransformer) -> None:
     torch.testing.assert_close(model(x[:, 3:], early), model(x[:, 3:], late), atol=1e-3, rtol=1e-3)
 
 
-def test_patches_round_trip() -> None:
-    x = torch.rand(2, 3, 8, 8, 3)
-    patches = patchify(x, 4)
-    assert patches.shape == (2, 3, 4, 48)
-    assert torch.equal(unpatchify(patches, 4, 8), x)
-    assert torch.equal(patches[0, 0, 1].view(4, 4, 3), x[0, 0, :4, 4:])
+@pytest.mark.parametrize(("height", "width", "num_patches"), [(8, 8, 4), (9, 16, 12), (5, 7, 4)])
+def test_patches_round_trip_also_where_they_do_not_fit(height: int, width: int, num_patches: int) -> None:
+    grid, x = PatchGrid(height, width, 4), torch.rand(2, 3, height, width, 3)
+    patches = grid.cut(x)
+    assert patches.shape == (2, 3, num_patches, 48)
+    assert grid.num_patches == num_patches
+    assert torch.equal(grid.join(patches), x)
+    assert torch.equal(patches[0, 0, 0].view(4, 4, 3), x[0, 0, :4, :4])
+    last = patches[0, 0, -1].view(4, 4, 3)[(height - 1) % 4 :, (width - 1) % 4 :]
+    assert torch.equal(last, x[0, 0, -1, -1].expand_as(last)), "the last pixel goes on to the patch's end"

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from variants import VARIANTS
 
 from genie_model import dynamics
 from genie_model.config import CodebookConfig
@@ -14,19 +15,17 @@ from genie_model.presets import get_preset
 from genie_model.quantizer import VectorQuantizer
 
 CONFIG = get_preset("tiny")
-PAPER_LAM = ("lam.motion_rows=0", "lam.motion_columns=0", "lam.predict=frame", "lam.loss=mse")
 
 
-@pytest.fixture(params=["paper", "demo"])
+@pytest.fixture(params=VARIANTS)
 def genie(request: pytest.FixtureRequest) -> Genie:
-    """With the paper's LAM, and with the settings that `tiny` shares with `demo`."""
     torch.manual_seed(0)
-    return Genie(CONFIG.with_overrides(*PAPER_LAM) if request.param == "paper" else CONFIG)
+    return Genie(CONFIG.with_overrides(*VARIANTS[request.param]))
 
 
 @pytest.fixture
-def clips() -> Tensor:
-    return torch.rand(2, 6, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+def clips(genie: Genie) -> Tensor:
+    return torch.rand(2, 6, *genie.config.frame_shape, generator=torch.Generator().manual_seed(1))
 
 
 def untrained(module: nn.Module) -> list[str]:
@@ -68,7 +67,7 @@ def test_the_action_sees_the_next_frame_and_no_later_one(genie: Genie, clips: Te
         changed = clips.clone()
         if frame is not None:
             changed[:, frame] = 1 - changed[:, frame]
-        genie.lam.infer(changed)
+        genie.lam.infer(genie.lam_input(changed))
     at_action = [z[:, 2] for z in latents]  # from frame 2 to frame 3
     assert not torch.allclose(at_action[0], at_action[1])
     torch.testing.assert_close(at_action[0], at_action[2])
@@ -79,11 +78,12 @@ def test_the_lam_decoder_sees_the_next_frame_through_the_action_alone(genie: Gen
     genie.lam.quantizer.codebook_VL[:] = genie.lam.quantizer.codebook_VL[:1]  # one code: it can say nothing
     changed = clips.clone()
     changed[:, 3:] = 1 - changed[:, 3:]
-    torch.testing.assert_close(genie.lam.predict(clips)[:, :3], genie.lam.predict(changed)[:, :3])
+    before, after = (genie.lam.predict(genie.lam_input(x))[:, :3] for x in (clips, changed))
+    torch.testing.assert_close(before, after)
 
 
 def test_dynamics_does_not_train_the_lam(genie: Genie, clips: Tensor) -> None:
-    _, actions, _ = genie.lam(clips)
+    _, actions, _ = genie.lam(genie.lam_input(clips))
     codes = genie.tokenizer.encode(clips)
     loss, _ = genie.dynamics(codes, actions.latents_BTL)
     loss.backward()

@@ -210,10 +210,10 @@ def test_a_champion_that_was_measured_otherwise_is_measured_again(
         assert not promote(third, tiny_data_uri, run, name="again").promoted
         assert "measured otherwise" not in capsys.readouterr().out, "the same levels were asked in the same way"
     Path(model_uri, "note.txt").write_text("a fifth model")
-    with step("register", "tiny", ["data.frame_size=32"], root_uri="here") as run:
+    with step("register", "tiny", ["data.frame_height=32"], root_uri="here") as run:
         fourth = register(model_uri, GOOD, tiny_data_uri, run, name="again")
         run.client.set_model_version_tag("again", fourth, "measured_on", "elsewhere")
-        with pytest.raises(ValueError, match="draws 64 pixels a side and the candidate 32"):
+        with pytest.raises(ValueError, match="draws 64 x 64 pixels and the candidate 64 x 32"):
             promote(fourth, tiny_data_uri, run, name="again")
 
 

@@ -175,8 +175,8 @@ def test_a_data_set_of_another_config_is_refused(copied, recording_config):
 
 
 def test_procgen_renders_no_other_size(recording_config, tmp_path):
-    with pytest.raises(ValueError, match=r"data\.frame_size=64"):
-        collect(recording_config.with_overrides("data.frame_size=32"), str(tmp_path))
+    with pytest.raises(ValueError, match=r"data\.frame_width=64"):
+        collect(recording_config.with_overrides("data.frame_width=32"), str(tmp_path))
 
 
 def test_the_policy_is_uniform_and_holds_its_actions_out_of_step(recording_config):

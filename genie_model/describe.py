@@ -1,0 +1,129 @@
+"""What a config amounts to, without making it: shapes alone are traced, with PyTorch's fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from genie_model.config import Config, ConfigNode, StageConfig
+from genie_model.genie import Genie
+from genie_model.layers import PatchGrid
+from genie_model.paper import PAPER_PRESETS
+
+_STATE_BYTES = 16  # a trained parameter: float32 weight, gradient and two moments of AdamW
+
+
+class Cost(NamedTuple):
+    """Of one training step, for the batch of all devices."""
+
+    flops: float
+    activation_bytes: float  # what the backward pass needs of the forward pass; nothing is recomputed
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def training_cost(module: nn.Module, config: Config, batch_size: int, precision: str) -> Cost:
+    """Traces the step of one clip; a batch costs `batch_size` of them."""
+    clip_BTHWC = torch.zeros(1, config.data.clip_length, *config.frame_shape)
+    module.train()
+    with FlopCounterMode(display=False) as counter, _kept_bytes(module) as kept:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss, _ = module(clip_BTHWC)
+        loss.backward()
+    module.zero_grad(set_to_none=True)
+    return Cost(counter.get_total_flops() * batch_size, sum(kept.values()) * batch_size)
+
+
+@torch.no_grad()
+def play_flops(genie: Genie, config: Config) -> int:
+    """Of one played frame behind a full window of history, all MaskGIT steps and the picture included."""
+    genie.eval()
+    frames_BTHWC = torch.zeros(1, config.data.clip_length - 1, *config.frame_shape, dtype=torch.uint8)
+    state = genie.start(frames_BTHWC)
+    with FlopCounterMode(display=False) as counter:
+        genie.advance(state, torch.zeros(1, dtype=torch.long))
+    flops: int = counter.get_total_flops()
+    return flops
+
+
+def describe(config: Config, devices: int = 1) -> str:
+    """The tree, and parameters, FLOPs and memory per device, beside what the paper reports of the preset.
+
+    Model states and activations are shared evenly by `devices`, as stage-3 ZeRO and batch parallelism do (App. C.3).
+    """
+    lines = [*_tree(config), ""]
+    with FakeTensorMode():
+        genie = Genie(config)
+        lines += [f"{'part':<20}{'parameters':>12}"]
+        lines += [f"{name:<20}{_short(num_parameters(part)):>12}" for name, part in genie.named_children()]
+        lines += [f"{'all':<20}{_short(num_parameters(genie)):>12}", ""]
+        titles = ("clips", "tokens", "FLOPs", "all steps", "states", "activations")
+        lines += [f"{'training step':<20}" + "".join(f"{title:>12}" for title in titles)]
+        lines += [_training_row("tokenizer", genie.tokenizer, config, config.train_tokenizer, devices)]
+        genie.tokenizer.requires_grad_(False)
+        lines += [_training_row("LAM + dynamics", genie, config, config.train_world, devices)]
+        played = _short(play_flops(genie, config))
+    lines += [
+        f"FLOPs of a step and of all; bytes on each of {devices} devices, nothing recomputed in the backward pass",
+        "",
+    ]
+    steps, history = config.sampling.maskgit_steps, config.data.clip_length - 1
+    lines += [f"a played frame: {played} FLOPs, for {steps} MaskGIT steps behind {history} frames and the picture"]
+    if paper := PAPER_PRESETS.get(config.name):
+        lines += [f"the paper, {paper.tables}: {paper.reported}"]
+    return "\n".join(lines)
+
+
+def _training_row(name: str, module: nn.Module, config: Config, stage: StageConfig, devices: int) -> str:
+    grid = PatchGrid(config.data.frame_height, config.data.frame_width, config.tokenizer.patch_size)
+    tokens = stage.batch_size * config.data.clip_length * grid.num_patches * config.tokenizer.codes_per_patch
+    cost = training_cost(module, config, stage.batch_size, stage.precision)
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    states = trained * _STATE_BYTES + (num_parameters(module) - trained) * 4
+    shown = (stage.batch_size, tokens, cost.flops, cost.flops * stage.steps, states / devices)
+    return f"{name:<20}" + "".join(f"{_short(x):>12}" for x in shown) + f"{_short(cost.activation_bytes / devices):>12}"
+
+
+@contextmanager
+def _kept_bytes(module: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of every tensor that autograd keeps for the backward pass, parameters aside, each storage once."""
+    own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # else a freed storage's number is given to another
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(storage)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield kept
+
+
+def _tree(node: ConfigNode, indent: str = "") -> list[str]:
+    """A line for each node, with the values in it."""
+    lines, values = [], []
+    for name in type(node).model_fields:
+        value = getattr(node, name)
+        if isinstance(value, ConfigNode):
+            lines += [f"{indent}{name}", *_tree(value, indent + "  ")]
+        else:
+            values.append(f"{name}={value}")
+    return [indent + " ".join(values), *lines] if values else lines
+
+
+def _short(x: float) -> str:
+    for size, unit in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= size:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:g}"
