@@ -117,6 +117,9 @@ class SamplingConfig(ConfigNode):
     """How a frame is dreamt (section 2.2): 25 steps; section 3 says temperature 2, Table 17 says 1.0."""
 
     maskgit_steps: int = Field(25, ge=1)
+    choice: Literal["draw", "mean"] = Field(
+        "draw", description="of a token: drawn at random, or the code nearest to the mean of the codes' vectors"
+    )
     temperature: float = Field(1.0, ge=0, description="of the token distribution; 0 takes the most likely token")
     order_noise: float = Field(4.5, ge=0, description="Gumbel noise on which tokens are kept first; anneals to 0")
 

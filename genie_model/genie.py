@@ -112,7 +112,13 @@ class Genie(nn.Module):
         action_BL = self.lam.quantizer.embed(action_B)
         chances = [torch.Generator().manual_seed((seed * 1_000_003 + state.t) % 2**63) for seed in state.seeds]
         codes_B1NC = sample_frame(
-            self.dynamics, self.config.sampling, state.dynamics, action_BL, self.tokenizer.num_patches, chances
+            self.dynamics,
+            self.config.sampling,
+            state.dynamics,
+            action_BL,
+            self.tokenizer.num_patches,
+            self.tokenizer.quantizer.codebook_VL,
+            chances,
         )
         self._commit(state, codes_B1NC, action_BL[:, None])
         return state.frame_BHWC

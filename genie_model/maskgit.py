@@ -19,29 +19,41 @@ def sample_frame(
     cache: TemporalCache,
     action_BL: Tensor,
     num_patches: int,
+    codebook_VL: Tensor,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
     """The next frame's codes (B, 1, N, C), given the past in `cache` and the action's latent; the cache is not changed.
 
     Every step samples all unknown tokens, keeps those it is surest of and masks the rest again; the share that stays
     masked falls as a cosine. Confidence carries Gumbel noise that anneals to zero, else the surest, dullest tokens come
-    first every time. One generator draws for all worlds of the batch, or each world has its own: either way, what a
-    world becomes does not hang on what is batched beside it. Shapes are fixed and the choice is by rank, so one
-    compiled graph serves every step.
+    first every time.
+
+    With `choice` "mean" nothing is drawn: unsure whether a wall moved by one pixel or by two, it takes the code between
+    them, of all codes the one with the least expected squared distance to the true one. A draw flickers, and the
+    likeliest code may lie far off. Confidence is then minus that expected distance.
+
+    One generator draws for all worlds of the batch, or each world has its own: either way, what a world becomes does
+    not hang on what is batched beside it. Shapes are fixed and the choice is by rank, so one compiled graph serves
+    every step.
     """
     shape = (action_BL.shape[0], 1, num_patches, dynamics.codes_per_patch)
     device = action_BL.device
     tokens = math.prod(shape[1:])
+    length_V = codebook_VL.square().sum(-1)
     codes = torch.full(shape, dynamics.mask_token, device=device)
     for step in range(config.maskgit_steps):
         progress = (step + 1) / config.maskgit_steps
         logits = dynamics.logits(dynamics.hidden(codes, action_BL[:, None], cache)).float()
         log_probs = (logits / max(config.temperature, 1e-4)).log_softmax(-1)
-        noise = _gumbel(logits.shape, generators, device) if config.temperature > 0 else 0.0
-        sampled = (log_probs + noise).argmax(-1)
         unknown = codes == dynamics.mask_token
+        if config.choice == "mean":
+            mean = log_probs.exp() @ codebook_VL
+            confidence, sampled = (2 * mean @ codebook_VL.T - length_V).max(-1)
+        else:
+            noise = _gumbel(logits.shape, generators, device) if config.temperature > 0 else 0.0
+            sampled = (log_probs + noise).argmax(-1)
+            confidence = log_probs.gather(-1, sampled[..., None]).squeeze(-1)
         sampled = torch.where(unknown, sampled, codes)
-        confidence = log_probs.gather(-1, sampled.clamp_max(dynamics.num_codes - 1)[..., None]).squeeze(-1)
         confidence = confidence + config.order_noise * (1 - progress) * _gumbel(shape, generators, device)
         confidence = torch.where(unknown, confidence, torch.inf)
         masked_next = min(int(tokens * math.cos(progress * math.pi / 2)), tokens - step - 1)

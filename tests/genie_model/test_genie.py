@@ -123,26 +123,40 @@ def test_an_action_out_of_range_is_refused(genie: Genie, frames: Tensor, action:
         genie.step(genie.start(frames), torch.tensor([0, action]))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
-def test_the_sampler_fills_every_token_in_any_number_of_steps(genie: Genie, frames: Tensor, steps: int) -> None:
-    state = genie.start(frames)
+def sample(genie: Genie, frames: Tensor, seed: int = 0, **sampling: object) -> Tensor:
+    """The codes of the frame after `frames`."""
+    state, config = genie.start(frames), CONFIG.sampling.model_copy(update=sampling)
+    chances, codebook_VL = [torch.Generator().manual_seed(seed)], genie.tokenizer.quantizer.codebook_VL
     with torch.inference_mode():
-        sampling = CONFIG.sampling.model_copy(update={"maskgit_steps": steps})
-        codes = sample_frame(
-            genie.dynamics, sampling, state.dynamics, torch.zeros(2, 32), 16, [torch.Generator().manual_seed(0)]
-        )
+        return sample_frame(genie.dynamics, config, state.dynamics, torch.zeros(2, 32), 16, codebook_VL, chances)
+
+
+@pytest.mark.parametrize("choice", ["draw", "mean"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_the_sampler_fills_every_token_in_any_number_of_steps(
+    genie: Genie, frames: Tensor, steps: int, choice: str
+) -> None:
+    codes = sample(genie, frames, maskgit_steps=steps, choice=choice)
     assert codes.shape == (2, 1, 16, CONFIG.tokenizer.codes_per_patch)
     assert 0 <= int(codes.min()) <= int(codes.max()) < CONFIG.tokenizer.codebook.num_codes
 
 
-def test_temperature_zero_is_certain(genie: Genie, frames: Tensor) -> None:
-    state = genie.start(frames)
-    sampling = CONFIG.sampling.model_copy(update={"temperature": 0.0, "order_noise": 0.0})
-    with torch.inference_mode():
-        draws = [
-            sample_frame(
-                genie.dynamics, sampling, state.dynamics, torch.zeros(2, 32), 16, [torch.Generator().manual_seed(s)]
-            )
-            for s in (0, 1)
-        ]
-    assert torch.equal(*draws)
+@pytest.mark.parametrize("certain", [{"temperature": 0.0}, {"choice": "mean"}])
+def test_what_is_not_drawn_is_certain(genie: Genie, frames: Tensor, certain: dict[str, object]) -> None:
+    assert torch.equal(*(sample(genie, frames, seed, **certain, order_noise=0.0) for seed in (0, 1)))
+    assert not torch.equal(*(sample(genie, frames, seed) for seed in (0, 1)))
+
+
+def test_the_mean_s_code_errs_least(genie: Genie, frames: Tensor) -> None:
+    """Of all codes, it has the least expected squared distance to the one that is drawn."""
+    mean = sample(genie, frames, maskgit_steps=1, choice="mean")
+    drawn = torch.stack([sample(genie, frames, seed, maskgit_steps=1) for seed in range(300)])
+    codebook_VL = genie.tokenizer.quantizer.codebook_VL
+    error_V = (codebook_VL[drawn][..., None, :] - codebook_VL).square().sum(-1).mean(0)
+    error = error_V.gather(-1, mean[..., None]).squeeze(-1)
+    assert (error <= 1.1 * error_V.amin(-1)).all()  # 300 draws stand for the distribution
+
+
+def test_temperature_zero_takes_the_likeliest_code_either_way(genie: Genie, frames: Tensor) -> None:
+    certain = {"temperature": 0.0, "order_noise": 0.0}
+    assert torch.equal(sample(genie, frames, **certain), sample(genie, frames, **certain, choice="mean"))

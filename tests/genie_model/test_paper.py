@@ -112,4 +112,5 @@ def test_every_preset_of_the_paper_departs_from_it_in_nothing(name: str) -> None
     assert (config.lam.predict, config.lam.loss) == ("frame", "mse")
     assert config.lam.motion_rows == config.lam.motion_columns == config.lam.codebook.continuous_steps == 0
     assert config.dynamics.clean_frames == 0
+    assert config.sampling.choice == "draw"
     assert (config.dynamics.mask_rate_min, config.dynamics.mask_rate_max) == (0.5, 1.0)
