@@ -48,7 +48,7 @@ def _demo() -> Config:
         dynamics=DynamicsConfig(
             transformer=TransformerConfig(num_layers=8, d_model=128, num_heads=2, head_dim=64), clean_frames=0.5
         ),
-        sampling=SamplingConfig(maskgit_steps=4, choice="mean", temperature=0.8, order_noise=0.0),
+        sampling=SamplingConfig(maskgit_steps=2, choice="mean", temperature=0.8, order_noise=0.0),
         train_tokenizer=StageConfig(steps=1600, batch_size=4, optimizer=tokenizer_rates, checkpoint_every=100),
         train_world=StageConfig(steps=1600, batch_size=4, optimizer=world_rates, checkpoint_every=100),
         evaluation=EvaluationConfig(clips=128),
