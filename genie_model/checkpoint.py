@@ -50,7 +50,10 @@ def load_tokenizer(uri: str) -> VideoTokenizer:
 def _untrained(uri: str) -> Genie:
     if not is_model(uri):
         raise ValueError(f"no model at {uri} (no {CONFIG} there): train one first, or check the URI")
-    return Genie(Config.from_json(files.read(f"{uri}/{CONFIG}").decode()))
+    try:
+        return Genie(Config.from_json(files.read(f"{uri}/{CONFIG}").decode()))
+    except ValueError as error:
+        raise ValueError(f"the model at {uri} is not one that this code makes: {error}") from None
 
 
 def load_weights(module: nn.Module, uri: str) -> None:
@@ -60,7 +63,7 @@ def load_weights(module: nn.Module, uri: str) -> None:
     except FileNotFoundError:
         raise ValueError(f"no weights at {uri}") from None
     except (SafetensorError, struct.error) as error:
-        raise ValueError(f"the weights at {uri} are broken ({error}): restore or retrain them") from None
+        raise ValueError(f"the weights at {uri} are broken ({error}): delete the folder and run again") from None
     except RuntimeError as error:
         raise ValueError(
             f"the weights at {uri} do not fit their config: {str(error).splitlines()[-1].strip()}"
@@ -90,18 +93,27 @@ class TrainingState:
         """Steps done at the newest checkpoint; 0 when there is none."""
         if not files.exists(f"{self.uri}/latest.json"):
             return 0
-        return int(json.loads(files.read(f"{self.uri}/latest.json"))["step"])
+        try:
+            return int(json.loads(files.read(f"{self.uri}/latest.json"))["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from None
 
     def restore(self, module: nn.Module, optimizers: Optimizers) -> int:
         """Loads the newest checkpoint, if there is one, and returns its step."""
         step = self.latest_step()
         if step:
             load_weights(module, f"{self._folder(step)}/{WEIGHTS}")
-            optimizers.fill(module, load_tensors(files.read(f"{self._folder(step)}/optimizer.safetensors")))
+            try:
+                optimizers.fill(module, load_tensors(files.read(f"{self._folder(step)}/optimizer.safetensors")))
+            except (FileNotFoundError, SafetensorError, struct.error, KeyError) as error:
+                raise self._damaged(error) from None
         return step
 
     def remove(self) -> None:
         files.remove_tree(self.uri)
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(f"the checkpoint at {self.uri} is damaged ({error}): delete that folder and run again")
 
     def _folder(self, step: int) -> str:
         return f"{self.uri}/step-{step:07d}"

@@ -131,11 +131,17 @@ class OptimizerConfig(ConfigNode):
     min_lr: float = Field(ge=0)
     token_lr: float = Field(0.0, ge=0, description="peak for embeddings and logits of tokens; 0: max_lr for them too")
     muon_lr: float = Field(0.0, ge=0, description="peak of Muon's, for matrices in transformers; 0: AdamW for them too")
-    beta1: float = 0.9
-    beta2: float = 0.9
-    weight_decay: float = 1e-4
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
     warmup_steps: int = Field(ge=0)
     clip_norm: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.min_lr > self.max_lr:
+            raise ValueError(f"min_lr={self.min_lr:g} is above max_lr={self.max_lr:g}")
+        return self
 
 
 class StageConfig(ConfigNode):
@@ -171,7 +177,7 @@ class Config(ConfigNode):
     """The whole experiment."""
 
     name: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig
     lam: LAMConfig
@@ -195,12 +201,12 @@ class Config(ConfigNode):
         if self.evaluation.prompt_frames + self.evaluation.horizon > self.data.clip_length:
             limit = f"data.clip_length={self.data.clip_length}"
             raise ValueError(f"evaluation.prompt_frames + evaluation.horizon must be at most {limit}")
+        moves = self.lam.predict == "motion" or self.lam.motion_rows + self.lam.motion_columns
+        if self.lam.inputs == "tokens" and moves:
+            wanted = "lam.predict=frame, lam.motion_rows=0 and lam.motion_columns=0"
+            raise ValueError(f"lam.inputs=tokens have no pixels to match or move: set {wanted} too")
         if self.lam.predict == "motion" and not self.lam.motion_rows + self.lam.motion_columns:
             raise ValueError("lam.predict=motion needs lam.motion_rows or lam.motion_columns above 0")
-        if self.lam.inputs == "tokens" and self.lam.motion_rows + self.lam.motion_columns:
-            raise ValueError(
-                "lam.inputs=tokens have no pixels to match: set lam.motion_rows=0 and lam.motion_columns=0"
-            )
         if self.dynamics.mask_rate_min > self.dynamics.mask_rate_max:
             raise ValueError("dynamics.mask_rate_min is above dynamics.mask_rate_max")
         return self
@@ -278,5 +284,8 @@ def _did_you_mean(name: str, known: list[str]) -> str:
 
 
 def _readable(error: ValidationError) -> str:
-    lines = [f"{'.'.join(str(part) for part in e['loc']) or 'config'}: {e['msg']}" for e in error.errors()]
+    lines = [
+        f"{'.'.join(str(part) for part in e['loc']) or 'config'}: {e['msg'].removeprefix('Value error, ')}"
+        for e in error.errors()
+    ]
     return "; ".join(lines)

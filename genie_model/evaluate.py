@@ -29,7 +29,21 @@ from genie_model.video_features import Random3DFeatures
 
 _BATCH = 16  # clips at a time
 _FEATURES = Random3DFeatures()
-_CODE = ("evaluate.py", "metrics.py", "probe.py", "video_features.py")  # what decides the figures of a given model
+_CODE = (  # what decides the figures of given weights
+    "data/store.py",
+    "data/truth.py",
+    "dynamics.py",
+    "evaluate.py",
+    "genie.py",
+    "lam.py",
+    "layers.py",
+    "maskgit.py",
+    "metrics.py",
+    "probe.py",
+    "quantizer.py",
+    "tokenizer.py",
+    "video_features.py",
+)
 
 Frames = NDArray[np.uint8]
 Findings = dict[str, Estimate | float]

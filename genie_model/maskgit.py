@@ -48,13 +48,15 @@ def sample_frame(
         unknown = codes == dynamics.mask_token
         if config.choice == "mean":
             mean = log_probs.exp() @ codebook_VL
-            confidence, sampled = (2 * mean @ codebook_VL.T - length_V).max(-1)
+            closeness, sampled = (2 * mean @ codebook_VL.T - length_V).max(-1)
+            confidence = closeness - log_probs.exp() @ length_V
         else:
             noise = _gumbel(logits.shape, generators, device) if config.temperature > 0 else 0.0
             sampled = (log_probs + noise).argmax(-1)
             confidence = log_probs.gather(-1, sampled[..., None]).squeeze(-1)
         sampled = torch.where(unknown, sampled, codes)
-        confidence = confidence + config.order_noise * (1 - progress) * _gumbel(shape, generators, device)
+        if config.order_noise > 0:
+            confidence = confidence + config.order_noise * (1 - progress) * _gumbel(shape, generators, device)
         confidence = torch.where(unknown, confidence, torch.inf)
         masked_next = min(int(tokens * math.cos(progress * math.pi / 2)), tokens - step - 1)
         rank = confidence.flatten(1).argsort(-1).argsort(-1).view(shape)

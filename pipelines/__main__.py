@@ -109,12 +109,13 @@ def _submit(args: argparse.Namespace, config: Config) -> int:
 
 
 def _demo(args: argparse.Namespace, config: Config) -> int:
-    from pipelines.servers import mlflow_server, play_server
+    from pipelines.servers import free_port, mlflow_server, play_server
 
     state = Path(args.state).absolute()
+    page_port = free_port(args.port, "the play page")  # before the training: what cannot be had shows at once
     with locked(state), mlflow_server(state, args.mlflow_port) as tracking_uri:
         _run_pipeline(args, config, state, tracking_uri)
-        return play_server(state, tracking_uri, args.port)
+        return play_server(state, tracking_uri, page_port)
 
 
 def _run_pipeline(args: argparse.Namespace, config: Config, state: Path, tracking_uri: str) -> None:

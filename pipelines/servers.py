@@ -73,7 +73,7 @@ def play_command(port: int, tracking_uri: str) -> list[str]:
 
 def free_port(wanted: int, what: str) -> int:
     """`wanted`, or the next free port, which it then says. Raises ValueError when twenty are taken."""
-    for port in range(wanted, wanted + 20):
+    for port in range(wanted, min(wanted + 20, 65_536)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -85,7 +85,7 @@ def free_port(wanted: int, what: str) -> int:
             if port != wanted:
                 say(f"port {wanted} is in use by another program: {what} takes {port}")
             return port
-    raise ValueError(f"ports {wanted} to {wanted + 19} are all in use: name another one for {what}")
+    raise ValueError(f"ports {wanted} to {min(wanted + 19, 65_535)} are all in use: name another one for {what}")
 
 
 def _start_mlflow(folder: Path, note: Path, port: int) -> int:

@@ -138,18 +138,22 @@ def promote(version: str, data_uri: str, run: StepRun, name: str = "genie", alia
     """Gives `alias` to `version` if the rule of `decide()` says so; tags the version with the decision and why.
 
     A champion that was measured otherwise, on other levels or by other code, is first measured as the candidate was,
-    on `data_uri`/eval. Raises ValueError when it cannot be.
+    on `data_uri`/eval; where it cannot be, it stays, and the reason says so.
     """
     client = run.client
     current = _aliased(client, name, alias)
     if current is not None and str(current.version) == version:
-        decision = Decision(version, True, f"version {version} is the {alias} already")
+        decision = Decision(version, True, f"is the {alias} already")
     else:
         candidate = client.get_model_version(name, version)
-        if current is not None and current.tags.get(_MEASURED_ON) != candidate.tags[_MEASURED_ON]:
-            _measure_again(client, name, current, data_uri, run.config)
-        reigning = _metrics(client, current) if current is not None else None
-        promoted, reason = decide(_metrics(client, candidate), reigning, run.config)
+        try:
+            if current is not None and current.tags.get(_MEASURED_ON) != candidate.tags.get(_MEASURED_ON):
+                _measure_again(client, name, current, data_uri, run.config)
+            reigning = _metrics(client, current) if current is not None else None
+            promoted, reason = decide(_metrics(client, candidate), reigning, run.config)
+        except ValueError as error:
+            promoted = False
+            reason = f"refused: it does not compare with the {alias} ({error}); move the alias by hand to replace that"
         decision = Decision(version, promoted, reason)
         client.set_model_version_tag(name, version, "decision", "promoted" if promoted else "refused")
         client.set_model_version_tag(name, version, "reason", reason)
@@ -201,9 +205,12 @@ def _download(client: MlflowClient, name: str, version: Any, cache_dir: str | No
                 download_artifacts(artifact_uri=uri, dst_path=scratch)
             except MlflowException as error:
                 raise ValueError(f"{uri} cannot be downloaded: {' '.join(str(error).split())}") from None
+            made = Path(scratch, "artifacts", _FOLDER)
+            if not made.is_dir():
+                raise ValueError(f"{uri} holds no Genie: it was not registered by the pipeline")
             # Another process may have been faster; a whole folder is as good as this one.
             try:
-                Path(scratch, "artifacts", _FOLDER).rename(folder)
+                made.rename(folder)
             except OSError:
                 if not folder.exists():
                     raise
@@ -217,8 +224,7 @@ def _measure_again(client: MlflowClient, name: str, version: Any, data_uri: str,
     drawn, wanted = genie.config.frame_shape, config.frame_shape
     if drawn != wanted:
         raise ValueError(
-            f"{name} version {version.version}, the champion, draws {drawn[1]} x {drawn[0]} pixels and the candidate "
-            f"{wanted[1]} x {wanted[0]}: they do not compare; move the alias by hand to replace it"
+            f"version {version.version} draws {drawn[1]} x {drawn[0]} pixels, the candidate {wanted[1]} x {wanted[0]}"
         )
     asked = {"data": config.data, "evaluation": config.evaluation, "seed": config.seed}
     figures = measure(genie.config.model_copy(update=asked), genie, HeldOut.open(f"{data_uri}/eval")).metrics

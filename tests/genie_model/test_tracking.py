@@ -213,8 +213,26 @@ def test_a_champion_that_was_measured_otherwise_is_measured_again(
     with step("register", "tiny", ["data.frame_height=32"], root_uri="here") as run:
         fourth = register(model_uri, GOOD, tiny_data_uri, run, name="again")
         run.client.set_model_version_tag("again", fourth, "measured_on", "elsewhere")
-        with pytest.raises(ValueError, match="draws 64 x 64 pixels and the candidate 64 x 32"):
-            promote(fourth, tiny_data_uri, run, name="again")
+        refused = promote(fourth, tiny_data_uri, run, name="again")
+    assert not refused.promoted
+    assert "version 2 draws 64 x 64 pixels, the candidate 64 x 32); move the alias by hand" in refused.reason
+
+
+def test_a_champion_that_this_code_cannot_load_stays_and_the_reason_says_so(
+    store: Path, model_uri: str, tiny_data_uri: str
+) -> None:
+    with step("register", "tiny", root_uri="here") as run:
+        Path(model_uri, "note.txt").write_text("an old model")
+        first = register(model_uri, GOOD, tiny_data_uri, run, name="old")
+        assert promote(first, tiny_data_uri, run, name="old").promoted
+        run.client.set_model_version_tag("old", first, "measured_on", "by old code")
+        config = Path(champion("old").folder, "config.json")
+        config.write_text(config.read_text().replace("frame_height", "frame_size"))
+        Path(model_uri, "note.txt").write_text("a new model")
+        refused = promote(register(model_uri, GOOD, tiny_data_uri, run, name="old"), tiny_data_uri, run, name="old")
+    assert not refused.promoted
+    assert "is not one that this code makes" in refused.reason
+    assert "move the alias by hand" in refused.reason
 
 
 def test_a_version_samples_as_its_run_s_config_says(store: Path, model_uri: str, tiny_data_uri: str) -> None:

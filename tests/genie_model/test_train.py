@@ -143,6 +143,19 @@ def test_broken_models_say_so(tmp_path: Path) -> None:
         load_model(uri)
 
 
+@pytest.mark.parametrize("file", ["latest.json", "step-0000004/optimizer.safetensors"])
+def test_a_damaged_checkpoint_says_so(tmp_path: Path, file: str) -> None:
+    module = torch.nn.Linear(3, 3)
+    optimizers = Optimizers(module, CONFIG.train_world.optimizer)
+    module(torch.ones(1, 3)).sum().backward()
+    optimizers.step()
+    state = TrainingState(str(tmp_path))
+    state.save(4, module, optimizers)
+    (tmp_path / file).write_bytes(b"{")
+    with pytest.raises(ValueError, match=r"is damaged .*: delete that folder and run again"):
+        state.restore(module, optimizers)
+
+
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = torch.nn.Linear(3, 3)
     optimizers = Optimizers(module, CONFIG.train_world.optimizer)

@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from pipelines.servers import free_port
 
 # Long enough to be killed in, and refused in the end: nothing reaches 1,000 dB.
-SETTINGS = ("train_world.steps=150", "train_world.checkpoint_every=5", "promotion.min_delta_psnr=1000")
+SETTINGS = ("train_world.steps=300", "train_world.checkpoint_every=5", "promotion.min_delta_psnr=1000")
 
 
 @contextlib.contextmanager

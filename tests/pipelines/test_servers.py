@@ -45,6 +45,13 @@ def test_a_port_in_use_is_passed_over(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"port {taken} is in use by another program" in capsys.readouterr().out
 
 
+def test_the_last_port_has_no_next_one() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 65_535))
+        with pytest.raises(ValueError, match="ports 65535 to 65535 are all in use"):
+            free_port(65_535, "MLflow")
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(ValueError, match="another run works in"), locked(tmp_path):
         pass
