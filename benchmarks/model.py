@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from genie_model.backend import native
-from genie_model.config import StageConfig
+from genie_model.config import Config, StageConfig
 from genie_model.genie import Genie
 from genie_model.optim import Optimizers
 from genie_model.presets import get_preset
@@ -55,8 +55,9 @@ def report(name: str, run: Callable[[], object], frames: int) -> None:
     )
 
 
-def training_step(module: torch.nn.Module, stage: StageConfig, clip_length: int) -> Callable[[], None]:
-    batch = np.random.default_rng(0).integers(0, 256, (stage.batch_size, clip_length, 64, 64, 3), dtype=np.uint8)
+def training_step(module: torch.nn.Module, config: Config, stage: StageConfig) -> Callable[[], None]:
+    shape = (stage.batch_size, config.data.clip_length, *config.frame_shape)
+    batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     optimizers = Optimizers(module, stage.optimizer)
     module.train()
 
@@ -83,12 +84,12 @@ def main() -> None:
     print("| what | work | time | rate | bf16 matmul here | floor | share |\n|---|---|---|---|---|---|---|")
     genie = Genie(config)
     stage = config.train_tokenizer
-    report("tokenizer training step", training_step(genie.tokenizer, stage, clip), stage.batch_size * clip)
+    report("tokenizer training step", training_step(genie.tokenizer, config, stage), stage.batch_size * clip)
     genie.tokenizer.requires_grad_(False)
     stage = config.train_world
-    report("LAM + dynamics training step", training_step(genie, stage, clip), stage.batch_size * clip)
+    report("LAM + dynamics training step", training_step(genie, config, stage), stage.batch_size * clip)
     genie.eval()
-    state = genie.start(torch.randint(0, 256, (1, clip, 64, 64, 3), dtype=torch.uint8))
+    state = genie.start(torch.randint(0, 256, (1, clip, *config.frame_shape), dtype=torch.uint8))
     action = torch.zeros(1, dtype=torch.long)
     steps = config.sampling.maskgit_steps
     report(f"one played frame, {steps} MaskGIT steps (float32)", lambda: genie.step(state, action), 1)

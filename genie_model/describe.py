@@ -70,7 +70,7 @@ def describe(config: Config, devices: int = 1) -> str:
         lines += [_training_row("tokenizer", genie.tokenizer, config, config.train_tokenizer, devices)]
         genie.tokenizer.requires_grad_(False)
         lines += [_training_row("LAM + dynamics", genie, config, config.train_world, devices)]
-        played = _short(play_flops(genie, config))
+        played, dynamics = _short(play_flops(genie, config)), num_parameters(genie.dynamics)
     lines += [
         f"FLOPs of a step and of all; bytes on each of {devices} devices, nothing recomputed in the backward pass",
         "",
@@ -79,6 +79,8 @@ def describe(config: Config, devices: int = 1) -> str:
     lines += [f"a played frame: {played} FLOPs, for {steps} MaskGIT steps behind {history} frames and the picture"]
     if paper := PAPER_PRESETS.get(config.name):
         lines += [f"the paper, {paper.tables}: {paper.reported}"]
+        if paper.dynamics_parameters:
+            lines += [f"dynamics here: {dynamics / paper.dynamics_parameters:.2f} of the parameters that it reports"]
     return "\n".join(lines)
 
 

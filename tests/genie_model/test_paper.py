@@ -63,6 +63,7 @@ def test_tables_10_to_12(name: str) -> None:
     # Counting attention layers comes to 0.93-0.99 of the published sizes; Table 11 fits no reading of num_layers.
     low, high = (0.77, 0.79) if "2.3b" in name or name == "robotics" else (0.93, 0.99)
     assert low < num_parameters(genie_of(config).dynamics) / parameters < high
+    assert PAPER_PRESETS[name].dynamics_parameters == parameters
 
 
 @pytest.mark.parametrize("name", PLATFORMERS)
