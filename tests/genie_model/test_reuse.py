@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 import genie_model
-from genie_model import train
+from genie_model import evaluate, train
 from genie_model.config import Config
-from genie_model.data.coinrun import collect
 from genie_model.presets import get_preset
 from genie_model.source import code_digest
 
@@ -19,9 +18,9 @@ CONFIG = get_preset("tiny").with_overrides("train_tokenizer.steps=2", "train_wor
 HARMLESS = {"checkpoint", "config", "files", "maskgit", "progress", "source", "data.store", "data.shards"}
 
 
-@pytest.fixture(scope="module")
-def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return collect(CONFIG, str(tmp_path_factory.mktemp("data")))
+@pytest.fixture
+def data_uri(tiny_data_uri: str) -> str:
+    return tiny_data_uri
 
 
 def both(config: Config, data_uri: str, root: Path) -> tuple[str, str]:
@@ -75,10 +74,11 @@ def test_comments_are_no_code(tmp_path: Path) -> None:
     assert digest("def double(x):\n    return 2.0 * x\n") != plain
 
 
-def test_all_code_that_decides_the_weights_is_named() -> None:
+def reached_from(start: str) -> set[str]:
+    """The library's modules that `start` imports, and those that they import, itself among them."""
     folder = Path(genie_model.__file__).parent
     seen: set[str] = set()
-    left = {"train"}
+    left = {start}
     while left:
         module = left.pop()
         seen.add(module)
@@ -89,4 +89,18 @@ def test_all_code_that_decides_the_weights_is_named() -> None:
                     inner = str(name).removeprefix("genie_model").removeprefix(".")
                     if (folder / (inner.replace(".", "/") + ".py")).is_file() and inner not in seen:
                         left.add(inner)
-    assert {name.removesuffix(".py").replace("/", ".") for name in train._GENIE_CODE} == seen - HARMLESS
+    return seen
+
+
+def modules(files: tuple[str, ...]) -> set[str]:
+    return {name.removesuffix(".py").replace("/", ".") for name in files}
+
+
+def test_all_code_that_decides_the_weights_is_named() -> None:
+    assert modules(train._GENIE_CODE) == reached_from("train") - HARMLESS
+
+
+def test_all_code_that_decides_the_figures_is_named() -> None:
+    """What is left alone only reads and writes files, draws pictures, or trains."""
+    harmless = {"checkpoint", "config", "files", "optim", "pictures", "progress", "source", "data.shards"}
+    assert modules(evaluate._CODE) == reached_from("evaluate") - harmless

@@ -11,7 +11,6 @@ import torch
 from genie_model import files
 from genie_model.checkpoint import TrainingState, load_model, load_tokenizer, save_model
 from genie_model.config import Config
-from genie_model.data.coinrun import collect
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore
 from genie_model.genie import Genie
@@ -37,9 +36,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.fixture(scope="module")
-def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return collect(CONFIG, str(tmp_path_factory.mktemp("data")))
+@pytest.fixture
+def data_uri(tiny_data_uri: str) -> str:
+    return tiny_data_uri
 
 
 def run(config: Config, data_uri: str, state: TrainingState, kill_at: int | None = None) -> tuple[Genie, Curve]:
@@ -143,26 +142,27 @@ def test_broken_models_say_so(tmp_path: Path) -> None:
         load_model(uri)
 
 
-@pytest.mark.parametrize("file", ["latest.json", "step-0000004/optimizer.safetensors"])
-def test_a_damaged_checkpoint_says_so(tmp_path: Path, file: str) -> None:
+def saved_after_a_step(folder: Path) -> tuple[torch.nn.Linear, Optimizers, TrainingState]:
+    """A layer, its optimizers, and a checkpoint of both that says step 4."""
     module = torch.nn.Linear(3, 3)
     optimizers = Optimizers(module, CONFIG.train_world.optimizer)
     module(torch.ones(1, 3)).sum().backward()
     optimizers.step()
-    state = TrainingState(str(tmp_path))
+    state = TrainingState(str(folder))
     state.save(4, module, optimizers)
+    return module, optimizers, state
+
+
+@pytest.mark.parametrize("file", ["latest.json", "step-0000004/optimizer.safetensors"])
+def test_a_damaged_checkpoint_says_so(tmp_path: Path, file: str) -> None:
+    module, optimizers, state = saved_after_a_step(tmp_path)
     (tmp_path / file).write_bytes(b"{")
     with pytest.raises(ValueError, match=r"is damaged .*: delete that folder and run again"):
         state.restore(module, optimizers)
 
 
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = torch.nn.Linear(3, 3)
-    optimizers = Optimizers(module, CONFIG.train_world.optimizer)
-    module(torch.ones(1, 3)).sum().backward()
-    optimizers.step()
-    state = TrainingState(str(tmp_path))
-    state.save(4, module, optimizers)
+    module, optimizers, state = saved_after_a_step(tmp_path)
     old = module.weight.detach().clone()
     module(torch.ones(1, 3)).sum().backward()
     optimizers.step()

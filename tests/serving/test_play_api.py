@@ -173,14 +173,14 @@ def test_an_endless_upload_is_refused_while_it_is_read(serve: Serve) -> None:
 def test_only_two_uploads_are_decoded_at_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     busy, most, lock = 0, 0, threading.Lock()
 
-    def watched(*arguments: object) -> np.ndarray:
+    def watched(upload: bytes, height: int, width: int, max_pixels: int) -> np.ndarray:
         nonlocal busy, most
         with lock:
             busy, most = busy + 1, max(most, busy + 1)
         time.sleep(0.05)
         with lock:
             busy -= 1
-        return frame_from_upload(*arguments)  # type: ignore[arg-type]
+        return frame_from_upload(upload, height, width, max_pixels)
 
     monkeypatch.setattr("serving.routes.frame_from_upload", watched)
     client, image = serve(), picture(np.zeros((64, 64, 3), np.uint8))
