@@ -58,8 +58,12 @@ class CodebookConfig(ConfigNode):
     num_codes: int = Field(ge=2)
     latent_dim: int = Field(32, ge=1)
     commitment: float = Field(0.25, ge=0)
+    normalised: bool = Field(True, description="every latent to mean 0 and variance 1; else latents keep their scale")
+    learn: Literal["kmeans", "ema"] = Field(
+        "kmeans", description="codes are the k-means of recent latents, or the moving average of those they served"
+    )
     ema_decay: float = Field(0.9, ge=0, lt=1, description="how much of a code stays when it moves to its latents' mean")
-    memory: int = Field(8192, ge=1, description="recent latents that the codes are the k-means of")
+    memory: int = Field(8192, ge=1, description="kmeans: how many recent latents")
     min_share: float = Field(0.05, ge=0, lt=1, description="a code with less of its equal share of latents restarts")
     continuous_steps: int = Field(0, ge=0, description="training steps before latents are quantized")
 
@@ -108,6 +112,7 @@ class DynamicsConfig(ConfigNode):
     """The MaskGIT dynamics model (section 2.1, App. C.3)."""
 
     transformer: TransformerConfig
+    code_vectors: bool = Field(False, description="tokens are also known, and told, by their codes' vectors")
     clean_frames: float = Field(0.0, ge=0, lt=1, description="share of frames left unmasked, as the past is in play")
     mask_rate_min: float = Field(0.5, ge=0, le=1)
     mask_rate_max: float = Field(1.0, ge=0, le=1)

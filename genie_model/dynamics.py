@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from genie_model.config import DynamicsConfig
-from genie_model.layers import STTransformer, TemporalCache, ToCodes
+from genie_model.layers import STTransformer, TemporalCache, TokenLinear
 
 _ROWS = 256  # positions whose logits are held at once
 
@@ -20,6 +20,10 @@ class DynamicsModel(nn.Module):
 
     Actions are added to every token of the frame they lead to, not concatenated (section 2.1). The first frame has
     none. A patch with C codes is one position of the transformer: their embeddings are summed, and C heads read it.
+
+    With `code_vectors` the codebook enters too: a code's embedding and its row of the output are each the sum of one of
+    its own (the paper's) and a linear map of its vector. So what is learnt of one code holds for all that look like it,
+    rare ones too, and a token that is guessed wrong is at least close.
     """
 
     slot_C: Tensor
@@ -30,9 +34,11 @@ class DynamicsModel(nn.Module):
         num_codes: int,
         codes_per_patch: int,
         num_patches: int,
+        code_dim: int,
         action_dim: int,
         window: int,
     ) -> None:
+        """`code_dim` and `action_dim` are the lengths of the two codebooks' vectors."""
         super().__init__()
         self.config, self.num_codes, self.codes_per_patch = config, num_codes, codes_per_patch
         width = config.transformer.d_model
@@ -43,9 +49,16 @@ class DynamicsModel(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(num_patches, width))
         self.action_in = nn.Linear(action_dim, width, bias=False)
         self.transformer = STTransformer(config.transformer, window)
-        self.logits_out = ToCodes(width, codes_per_patch * num_codes)
+        self.logits_out = TokenLinear(width, codes_per_patch * num_codes)
+        if config.code_vectors:
+            self.vectors_in = TokenLinear(codes_per_patch * code_dim, width, bias=False)
+            self.vectors_out = TokenLinear(width, codes_per_patch * code_dim, bias=False)
+            nn.init.orthogonal_(self.vectors_in.weight)
+            nn.init.orthogonal_(self.vectors_out.weight)
 
-    def forward(self, codes_BTNC: Tensor, actions_BTL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and logs. `actions_BTL` holds T-1 latents, stop-gradient here: the LAM learns from its own loss alone.
 
         Every clip draws one masking rate from U[min, max); its tokens of frames 2..T are masked independently at it.
@@ -63,12 +76,12 @@ class DynamicsModel(nn.Module):
         mask_FNC = mask_BTNC.flatten(0, 1)[dirty_F]
         mask_BTNC = torch.zeros_like(mask_BTNC).flatten(0, 1).index_copy(0, dirty_F, mask_FNC).view_as(mask_BTNC)
         seen_BTNC = torch.where(mask_BTNC, self.mask_token, codes_BTNC)
-        hidden_BTND = self.hidden(seen_BTNC, F.pad(actions_BTL.detach(), (0, 0, 1, 0)))
+        hidden_BTND = self.hidden(seen_BTNC, F.pad(actions_BTL.detach(), (0, 0, 1, 0)), codebook_VL)
         weight_XC = mask_FNC.flatten(0, 1).float()
         weight_XC = weight_XC / weight_XC.sum().clamp_min(1)
         loss, accuracy = _MaskedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden_BTND.flatten(0, 1)[dirty_F].flatten(0, 1),
-            self.logits_out.weight,
+            self._logits_weight(codebook_VL),
             self.logits_out.bias,
             codes_BTNC.flatten(0, 1)[dirty_F].flatten(0, 1),
             weight_XC,
@@ -76,18 +89,33 @@ class DynamicsModel(nn.Module):
         return loss, {"cross_entropy": loss.detach(), "masked_accuracy": accuracy}
 
     def hidden(
-        self, codes_BTNC: Tensor, actions_BTL: Tensor, cache: TemporalCache | None = None, commit: bool = False
+        self,
+        codes_BTNC: Tensor,
+        actions_BTL: Tensor,
+        codebook_VL: Tensor,
+        cache: TemporalCache | None = None,
+        commit: bool = False,
     ) -> Tensor:
         """Codes, `mask_token` where unknown, and the latents of the actions that led to each frame -> (B, T, N, D)."""
         tokens_BTND = self.token_in(codes_BTNC + self.slot_C).sum(-2) + self.position
+        if self.config.code_vectors:
+            vectors_BTNCL = F.embedding(codes_BTNC, F.pad(codebook_VL, (0, 0, 0, 1)))  # zero where masked
+            tokens_BTND = tokens_BTND + self.vectors_in(vectors_BTNCL.flatten(-2))
         action_BTD = self.action_in(actions_BTL)  # under autocast in bfloat16, and so then is the residual stream
         hidden_BTND: Tensor = self.transformer(tokens_BTND.to(action_BTD.dtype) + action_BTD[:, :, None], cache, commit)
         return hidden_BTND
 
-    def logits(self, hidden_BTND: Tensor) -> Tensor:
+    def logits(self, hidden_BTND: Tensor, codebook_VL: Tensor) -> Tensor:
         """(..., D) -> (..., C, V)."""
-        logits: Tensor = self.logits_out(hidden_BTND)
-        return logits.reshape(*logits.shape[:-1], self.codes_per_patch, self.num_codes)
+        logits = F.linear(hidden_BTND, self._logits_weight(codebook_VL), self.logits_out.bias)
+        return logits.unflatten(-1, (self.codes_per_patch, self.num_codes))
+
+    def _logits_weight(self, codebook_VL: Tensor) -> Tensor:
+        """(C * V, D)."""
+        if not self.config.code_vectors:
+            return self.logits_out.weight
+        vectors_CLD = self.vectors_out.weight.unflatten(0, (self.codes_per_patch, -1))
+        return self.logits_out.weight + (codebook_VL @ vectors_CLD).flatten(0, 1)
 
 
 class _MaskedCrossEntropy(torch.autograd.Function):

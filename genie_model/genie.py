@@ -57,6 +57,7 @@ class Genie(nn.Module):
             num_codes=config.tokenizer.codebook.num_codes,
             codes_per_patch=config.tokenizer.codes_per_patch,
             num_patches=self.tokenizer.num_patches,
+            code_dim=config.tokenizer.codebook.latent_dim,
             action_dim=config.lam.codebook.latent_dim,
             window=window,
         )
@@ -72,7 +73,7 @@ class Genie(nn.Module):
         with torch.no_grad():
             codes_BTNC = self.tokenizer.encode(x_BTHWC)
         lam_loss, actions, lam_logs = self.lam(self.lam_input(x_BTHWC, codes_BTNC))
-        dynamics_loss, dynamics_logs = self.dynamics(codes_BTNC, actions.latents_BTL)
+        dynamics_loss, dynamics_logs = self.dynamics(codes_BTNC, actions.latents_BTL, self.tokenizer.quantizer.codebook_VL)
         logs = {f"lam/{name}": value for name, value in lam_logs.items()}
         logs |= {f"dynamics/{name}": value for name, value in dynamics_logs.items()}
         return lam_loss + dynamics_loss, logs
@@ -125,7 +126,8 @@ class Genie(nn.Module):
 
     def _commit(self, state: PlayState, codes_BTNC: Tensor, actions_BTL: Tensor) -> None:
         """Frames become past: their keys and values are computed from their final tokens, once."""
-        self.dynamics.hidden(codes_BTNC, actions_BTL, state.dynamics, commit=True)
+        codebook_VL = self.tokenizer.quantizer.codebook_VL
+        self.dynamics.hidden(codes_BTNC, actions_BTL, codebook_VL, state.dynamics, commit=True)
         state.frame_BHWC = _to_uint8(self.tokenizer.decode(codes_BTNC, state.decoder)[:, -1])
         state.t += codes_BTNC.shape[1]
 

@@ -162,8 +162,8 @@ class FeedForward(nn.Module):
         return y
 
 
-class ToCodes(nn.Linear):
-    """The output over a vocabulary. As in an embedding, a row learns little from most steps, so optim.py knows both."""
+class TokenLinear(nn.Linear):
+    """A linear layer from or to tokens: optim.py gives it the learning rate of embeddings."""
 
 
 class STTransformer(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from genie_model.config import OptimizerConfig
-from genie_model.layers import STTransformer, ToCodes
+from genie_model.layers import STTransformer, TokenLinear
 
 
 class Optimizers:
@@ -22,7 +22,7 @@ class Optimizers:
         self.config = config
         trained = [p for p in module.parameters() if p.requires_grad]
         inner = _inside_transformers(module) if config.muon_lr else set[Tensor]()
-        tokens = {p for m in module.modules() if isinstance(m, nn.Embedding | ToCodes) for p in m.parameters()}
+        tokens = {p for m in module.modules() if isinstance(m, nn.Embedding | TokenLinear) for p in m.parameters()}
         linear = {m.weight for m in module.modules() if isinstance(m, nn.Linear)} - inner - tokens
         token_lr, decay = config.token_lr or config.max_lr, config.weight_decay
         # Weight decay acts on matrices of linear and embedding layers; gains, biases and positions are left alone.

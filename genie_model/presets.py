@@ -23,8 +23,8 @@ def _demo() -> Config:
     """From nothing to a playable CoinRun in a quarter of an hour on two CPU cores."""
     small = TransformerConfig(num_layers=4, d_model=128, num_heads=2, head_dim=64, qk_norm=False)
     shallow = small.model_copy(update={"num_layers": 2})
-    tokenizer_rates = OptimizerConfig(max_lr=1e-2, min_lr=1e-4, muon_lr=6e-3, beta2=0.99, warmup_steps=30)
-    world_rates = OptimizerConfig(max_lr=1e-3, min_lr=1e-5, token_lr=2e-2, muon_lr=3e-3, beta2=0.99, warmup_steps=30)
+    tokenizer_rates = OptimizerConfig(max_lr=1e-3, min_lr=1e-5, muon_lr=6e-3, beta2=0.99, warmup_steps=30)
+    world_rates = OptimizerConfig(max_lr=1e-3, min_lr=1e-5, token_lr=2e-3, muon_lr=3e-3, beta2=0.99, warmup_steps=30)
     return Config(
         name="demo",
         data=DataConfig(train_levels=4096, steps_per_level=64, action_hold=8),
@@ -33,7 +33,9 @@ def _demo() -> Config:
             codes_per_patch=4,
             encoder=shallow,
             decoder=small.model_copy(update={"num_layers": 6}),
-            codebook=CodebookConfig(num_codes=1024, commitment=0.05),
+            codebook=CodebookConfig(
+                num_codes=1024, commitment=0.05, normalised=False, learn="ema", ema_decay=0.99
+            ),
         ),
         lam=LAMConfig(
             patch_size=16,
@@ -46,11 +48,13 @@ def _demo() -> Config:
             loss="relative",
         ),
         dynamics=DynamicsConfig(
-            transformer=TransformerConfig(num_layers=8, d_model=128, num_heads=2, head_dim=64), clean_frames=0.5
+            transformer=TransformerConfig(num_layers=8, d_model=128, num_heads=4, head_dim=32),
+            code_vectors=True,
+            clean_frames=0.5,
         ),
-        sampling=SamplingConfig(maskgit_steps=2, choice="mean", temperature=0.8, order_noise=0.0),
-        train_tokenizer=StageConfig(steps=1600, batch_size=4, optimizer=tokenizer_rates, checkpoint_every=100),
-        train_world=StageConfig(steps=1600, batch_size=4, optimizer=world_rates, checkpoint_every=100),
+        sampling=SamplingConfig(maskgit_steps=2, choice="mean", temperature=1.0, order_noise=0.0),
+        train_tokenizer=StageConfig(steps=800, batch_size=4, optimizer=tokenizer_rates, checkpoint_every=100),
+        train_world=StageConfig(steps=2000, batch_size=4, optimizer=world_rates, checkpoint_every=100),
         evaluation=EvaluationConfig(clips=128),
     )
 

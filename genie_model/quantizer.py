@@ -21,26 +21,39 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest code, by k-means over the latents of the last steps; gradients pass straight through.
+    """Nearest code; gradients pass straight through.
 
-    - Latents are normalised to unit variance, so codes live on a sphere of radius sqrt(L) and nothing can shrink.
-    - Codes do not learn by gradient. A memory of recent latents takes one Lloyd iteration a step: a latent is always
-      judged by today's codes, which a plain moving average does not do while the encoder still moves fast.
-    - A code left with too few latents restarts at one that its own code serves badly (drawn by squared distance, as
-      k-means++ does). Restarts at plain random latents land where the codes already are.
-    - For the first `continuous_steps` latents pass unquantized while the codes follow: with nothing to say yet, a
-      codebook of six collapses onto the most common latent and never lets the encoder find out more.
+    Codes do not learn by gradient. They follow their latents in one of two ways (`learn`), and a code left with too few
+    of them restarts at a latent that its own code serves badly (drawn by squared distance, as k-means++ does: restarts
+    at plain random latents land where codes already are).
+
+    - "kmeans": a memory of recent latents takes one Lloyd iteration a step. A latent is always judged by today's codes,
+      so codes keep up while the encoder still moves fast. For few codes: all latents they rest on must fit the memory.
+    - "ema": moving averages of the latents that each code served (van den Oord et al., 2017, App. A.1). They rest on
+      many more latents, at no cost, and so generalise better where codes are many and the encoder changes slowly.
+
+    With `normalised`, latents have unit variance: codes live on a sphere of radius sqrt(L) and nothing can shrink. Else
+    distances between codes are those of the latents themselves.
+
+    For the first `continuous_steps` latents pass unquantized while the codes follow: with nothing to say yet, a
+    codebook of six collapses onto the most common latent and never lets the encoder find out more.
     """
 
     codebook_VL: Tensor
-    memory_ML: Tensor
+    memory_ML: Tensor  # kmeans
+    count_V1: Tensor  # ema: latents served in a step
+    sum_VL: Tensor  # ema: the sum of those latents
     steps: Tensor
 
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("codebook_VL", self._normalise(torch.randn(config.num_codes, config.latent_dim)))
-        self.register_buffer("memory_ML", self._normalise(torch.randn(config.memory, config.latent_dim)))
+        if config.learn == "kmeans":
+            self.register_buffer("memory_ML", self._normalise(torch.randn(config.memory, config.latent_dim)))
+        else:
+            self.register_buffer("count_V1", torch.zeros(config.num_codes, 1))
+            self.register_buffer("sum_VL", torch.zeros(config.num_codes, config.latent_dim))
         self.register_buffer("steps", torch.zeros(()))
 
     def embed(self, codes: Tensor) -> Tensor:
@@ -56,10 +69,13 @@ class VectorQuantizer(nn.Module):
         flat_XL = self._normalise(latents.float().flatten(0, -2))
         quantized_share = torch.ones(())
         if self.training:
-            self._learn(flat_XL.detach())
+            if self.config.learn == "kmeans":
+                self._recluster(flat_XL.detach())
             quantized_share = ((self.steps - self.config.continuous_steps) / 100).clamp(0, 1)
         codes_X = self._nearest(flat_XL.detach())
         chosen_XL = self.embed(codes_X)
+        if self.training and self.config.learn == "ema":
+            self._follow(flat_XL.detach(), codes_X, chosen_XL)
         loss = self.config.commitment * quantized_share * F.mse_loss(flat_XL, chosen_XL)
         straight_through = flat_XL + quantized_share * (chosen_XL - flat_XL).detach()
         share_V = self._per_code(codes_X, torch.ones_like(flat_XL[:, :1])).squeeze(-1) / len(codes_X)
@@ -70,7 +86,7 @@ class VectorQuantizer(nn.Module):
         return Quantized(straight_through.view_as(latents), codes_X.view(latents.shape[:-1]), loss, logs)
 
     def _normalise(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.config.latent_dim,))
+        return F.layer_norm(x, (self.config.latent_dim,)) if self.config.normalised else x
 
     def _nearest(self, x_XL: Tensor) -> Tensor:
         """The nearest code of each row, a few rows at a time: the distances to all codes stay in the CPU's cache."""
@@ -84,7 +100,7 @@ class VectorQuantizer(nn.Module):
         return x_XL.new_zeros(self.config.num_codes, x_XL.shape[-1]).index_add_(0, codes_X, x_XL)
 
     @torch.no_grad()
-    def _learn(self, flat_XL: Tensor) -> None:
+    def _recluster(self, flat_XL: Tensor) -> None:
         """One step of k-means on the memory, into which some of the batch's latents go first.
 
         At most a 64th of the memory: it must outlast the batch, or codes that this batch happens not to need are lost.
@@ -98,8 +114,29 @@ class VectorQuantizer(nn.Module):
         codes_M = self._nearest(self.memory_ML)
         counts_V1 = self._per_code(codes_M, torch.ones_like(self.memory_ML[:, :1]))
         mean_VL = self._per_code(codes_M, self.memory_ML) / counts_V1.clamp_min(1)
-        distance_M = (self.memory_ML - self.embed(codes_M)).square().sum(-1)
-        restart_VL = self.memory_ML[torch.multinomial(distance_M + 1e-6, self.config.num_codes, replacement=True)]
-        poor_V1 = counts_V1 < self.config.min_share * M / self.config.num_codes
+        restart_VL = self._badly_served(self.memory_ML, self.embed(codes_M))
         moved_VL = torch.lerp(mean_VL, self.codebook_VL, self.config.ema_decay)
-        self.codebook_VL.copy_(torch.where(poor_V1, restart_VL, moved_VL))
+        self.codebook_VL.copy_(torch.where(counts_V1 < self._least(M), restart_VL, moved_VL))
+
+    @torch.no_grad()
+    def _follow(self, flat_XL: Tensor, codes_X: Tensor, chosen_XL: Tensor) -> None:
+        """Counts and sums take in the batch, after it was quantized; the averages start short and lengthen."""
+        self.steps += 1
+        fresh = 1 - self.config.ema_decay * (self.steps - 1) / (self.steps + 9)
+        self.count_V1.lerp_(self._per_code(codes_X, torch.ones_like(flat_XL[:, :1])), fresh)
+        self.sum_VL.lerp_(self._per_code(codes_X, flat_XL), fresh)
+        least = self._least(len(flat_XL))
+        poor_V1, restart_VL = self.count_V1 < least, self._badly_served(flat_XL, chosen_XL)
+        # A new code has time to find its latents before it counts as poor again.
+        self.count_V1.copy_(torch.where(poor_V1, 2 * least, self.count_V1))
+        self.sum_VL.copy_(torch.where(poor_V1, 2 * least * restart_VL, self.sum_VL))
+        self.codebook_VL.copy_(torch.where(self.count_V1 > 0, self.sum_VL / self.count_V1, self.codebook_VL))
+
+    def _least(self, latents: int) -> float:
+        """A code that serves fewer of so many latents is poor."""
+        return self.config.min_share * latents / self.config.num_codes
+
+    def _badly_served(self, x_XL: Tensor, chosen_XL: Tensor) -> Tensor:
+        """V of the latents, drawn by their squared distance to their codes: (V, L)."""
+        distance_X = (x_XL - chosen_XL).square().sum(-1)
+        return x_XL[torch.multinomial(distance_X + 1e-6, self.config.num_codes, replacement=True)]

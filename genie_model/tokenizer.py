@@ -25,7 +25,9 @@ class VideoTokenizer(nn.Module):
     C = `codes_per_patch` codes leave each patch: with 1 it is the paper's; more buy the bits of smaller patches at the
     compute of larger ones, which is what a two-core machine can afford. Each of them then stands for its own square of
     the patch and has a linear path from and to that square's pixels; the transformers add what the context tells. So
-    codes mean the same wherever and whenever they occur, and one wrong code spoils one small square.
+    codes mean the same wherever and whenever they occur, and one wrong code spoils one small square. The linear paths
+    start as the cosine transform (as JPEG's) and the rest starts small: before it has learnt anything, the tokenizer
+    is the k-means of small squares of pixels, and codes are as far apart as what they show.
     """
 
     def __init__(self, config: TokenizerConfig, height: int, width: int, window: int) -> None:
@@ -47,6 +49,19 @@ class VideoTokenizer(nn.Module):
             square_pixels = pixels // config.codes_per_patch
             self.square_in = nn.Linear(square_pixels, config.codebook.latent_dim)
             self.square_out = nn.Linear(config.codebook.latent_dim, square_pixels)
+            self._start_from_squares()
+
+    @torch.no_grad()
+    def _start_from_squares(self) -> None:
+        basis_LP = cosine_transform(self.config.patch_size // self.squares)[: self.config.codebook.latent_dim]
+        L = len(basis_LP)
+        self.square_in.weight[:L] = basis_LP
+        self.square_in.bias[:L] = -0.5 * basis_LP.sum(-1)  # mid-grey is zero, as in _decode
+        self.square_out.weight[:, :L] = basis_LP.T
+        self.square_out.bias.zero_()
+        for small in (self.to_latent, self.patch_out):
+            small.weight.mul_(0.1)
+            small.bias.zero_()
 
     def forward(self, x_BTHWC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of a batch of clips in [0, 1], and what to log."""
@@ -90,3 +105,17 @@ class VideoTokenizer(nn.Module):
             )
         # Zero output is mid-grey: the picture's own mean costs no capacity.
         return self.grid.join(patches + 0.5)
+
+
+def cosine_transform(side: int) -> Tensor:
+    """An orthonormal basis of (side, side, 3) squares, the lowest frequencies first: rows of (3 side^2, 3 side^2).
+
+    The two-dimensional DCT-II, and of the colours their sum before their differences.
+    """
+    frequency_F, place_P = torch.arange(side).float(), torch.arange(side).float()
+    waves_FP = torch.cos(math.pi * (place_P + 0.5) * frequency_F[:, None] / side)
+    colours_KC = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+    waves_FP, colours_KC = F.normalize(waves_FP), F.normalize(colours_KC)
+    basis = torch.einsum("fp,gq,kc->fgkpqc", waves_FP, waves_FP, colours_KC).flatten(3).flatten(0, 1)
+    by_frequency = (frequency_F[:, None].square() + frequency_F.square()).flatten().argsort(stable=True)
+    return basis[by_frequency].flatten(0, 1)

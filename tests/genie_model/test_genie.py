@@ -47,15 +47,17 @@ def test_cached_equals_uncached_over_sixteen_frames(variant: str, prompt: int) -
     with torch.inference_mode():
         codes_BTNC = tokenizer.encode(torch.rand(3, 16, *genie.config.frame_shape))
         actions_BTL = torch.randn(3, 16, 32)
+        codebook_VL = tokenizer.quantizer.codebook_VL
         pictures = [tokenizer.decode(codes_BTNC[:, :prompt], painted)]
-        dynamics.hidden(codes_BTNC[:, :prompt], actions_BTL[:, :prompt], past, commit=True)
+        dynamics.hidden(codes_BTNC[:, :prompt], actions_BTL[:, :prompt], codebook_VL, past, commit=True)
         for t in range(prompt, 16):
             now, action = codes_BTNC[:, t : t + 1], actions_BTL[:, t : t + 1]
             masked = torch.where(torch.rand(now.shape) < 0.7, dynamics.mask_token, now)
-            cached = dynamics.hidden(masked, action, past)
-            whole = dynamics.hidden(torch.cat([codes_BTNC[:, :t], masked], 1), actions_BTL[:, : t + 1])[:, -1:]
+            cached = dynamics.hidden(masked, action, codebook_VL, past)
+            clip = torch.cat([codes_BTNC[:, :t], masked], 1)
+            whole = dynamics.hidden(clip, actions_BTL[:, : t + 1], codebook_VL)[:, -1:]
             torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-5)
-            dynamics.hidden(now, action, past, commit=True)
+            dynamics.hidden(now, action, codebook_VL, past, commit=True)
             pictures.append(tokenizer.decode(now, painted))
         torch.testing.assert_close(torch.cat(pictures, 1), tokenizer.decode(codes_BTNC), atol=1e-5, rtol=1e-5)
 
@@ -79,9 +81,11 @@ def test_the_sampler_reads_the_same_logits_with_and_without_a_cache(genie: Genie
         codes = genie.tokenizer.encode(frames.float() / 255)
         actions = torch.randn(2, 3, 32)
         state = genie.start(frames)
-        cached = genie.dynamics.hidden(codes[:, :1], actions[:, 2:], state.dynamics)
+        codebook = genie.tokenizer.quantizer.codebook_VL
+        cached = genie.dynamics.hidden(codes[:, :1], actions[:, 2:], codebook, state.dynamics)
         inferred = torch.nn.functional.pad(genie.lam.quantizer.embed(genie.infer_actions(frames)), (0, 0, 1, 0))
-        whole = genie.dynamics.hidden(torch.cat([codes, codes[:, :1]], 1), torch.cat([inferred, actions[:, 2:]], 1))
+        heard = torch.cat([inferred, actions[:, 2:]], 1)
+        whole = genie.dynamics.hidden(torch.cat([codes, codes[:, :1]], 1), heard, codebook)
     torch.testing.assert_close(cached, whole[:, 3:], atol=1e-5, rtol=1e-4)
 
 
@@ -156,7 +160,8 @@ def test_the_mean_s_code_errs_least_and_the_surest_come_first(frames: Tensor) ->
     genie.dynamics.logits_out.weight.data *= 20  # so that it is sure of some tokens
     seen: list[Tensor] = []
     looked: list[Tensor] = []
-    genie.dynamics.logits_out.register_forward_hook(lambda module, args, output: seen.append(output))
+    logits = genie.dynamics.logits
+    genie.dynamics.logits = lambda *args: (seen.append(logits(*args)), seen[-1])[1]  # type: ignore[method-assign]
     genie.dynamics.token_in.register_forward_hook(lambda module, args, output: looked.append(args[0]))
     codes_BNC = sample(genie, frames, maskgit_steps=1, choice="mean", temperature=1.0)[:, 0]
     probs_BNCV = seen[-1].view(*codes_BNC.shape, -1).softmax(-1)

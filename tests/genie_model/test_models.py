@@ -85,7 +85,7 @@ def test_the_lam_decoder_sees_the_next_frame_through_the_action_alone(genie: Gen
 def test_dynamics_does_not_train_the_lam(genie: Genie, clips: Tensor) -> None:
     _, actions, _ = genie.lam(genie.lam_input(clips))
     codes = genie.tokenizer.encode(clips)
-    loss, _ = genie.dynamics(codes, actions.latents_BTL)
+    loss, _ = genie.dynamics(codes, actions.latents_BTL, genie.tokenizer.quantizer.codebook_VL)
     loss.backward()
     assert all(p.grad is None for p in genie.lam.parameters())
     assert genie.dynamics.action_in.weight.grad is not None
@@ -94,10 +94,11 @@ def test_dynamics_does_not_train_the_lam(genie: Genie, clips: Tensor) -> None:
 def test_dynamics_is_causal_and_hears_the_action(genie: Genie, clips: Tensor) -> None:
     codes = genie.tokenizer.encode(clips)
     actions = torch.randn(2, 6, 32)
-    base = genie.dynamics.hidden(codes, actions)
+    codebook = genie.tokenizer.quantizer.codebook_VL
+    base = genie.dynamics.hidden(codes, actions, codebook)
     other = actions.clone()
     other[:, 3] += 1
-    heard = genie.dynamics.hidden(codes, other)
+    heard = genie.dynamics.hidden(codes, other, codebook)
     torch.testing.assert_close(base[:, :3], heard[:, :3])
     assert not torch.allclose(base[:, 3], heard[:, 3])
 
@@ -109,7 +110,7 @@ def test_the_loss_counts_masked_tokens_of_later_frames_only(genie: Genie, clips:
     rates = []
     for seed in range(40):
         torch.manual_seed(seed)
-        genie.dynamics(codes, torch.zeros(2, 5, 32))
+        genie.dynamics(codes, torch.zeros(2, 5, 32), genie.tokenizer.quantizer.codebook_VL)
         masked = (seen[-1] - genie.dynamics.slot_C) == genie.dynamics.mask_token
         assert not masked[:, 0].any()
         rates += masked[:, 1:].float().mean((1, 2, 3)).tolist()
