@@ -168,7 +168,15 @@ class EvaluationConfig(ConfigNode):
     horizon: int = Field(4, ge=1, description="t of delta-t PSNR; the paper reports t = 4")
     grid_prompts: int = Field(4, ge=1, description="rows of the action grid (Figure 17)")
     grid_repeats: int = Field(5, ge=1, description="times each latent action is taken in the grid")
+    i3d_uri: str = Field("", description="a TorchScript I3D; with it, fvd_i3d is measured too (video_features.py)")
+    i3d_sha256: str = Field("", pattern="^([0-9a-fA-F]{64})?$", description="its checksum: no other file is run")
     probe_steps: int = Field(300, ge=1, description="training steps of the supervised bound on telling direction")
+
+    @model_validator(mode="after")
+    def _i3d_is_named_whole(self) -> Self:
+        if bool(self.i3d_uri) != bool(self.i3d_sha256):
+            raise ValueError("i3d_uri and i3d_sha256 go together: set both or neither")
+        return self
 
 
 class PromotionConfig(ConfigNode):

@@ -56,9 +56,7 @@ class DynamicsModel(nn.Module):
             nn.init.orthogonal_(self.vectors_in.weight)
             nn.init.orthogonal_(self.vectors_out.weight)
 
-    def forward(
-        self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and logs. `actions_BTL` holds T-1 latents, stop-gradient here: the LAM learns from its own loss alone.
 
         Every clip draws one masking rate from U[min, max); its tokens of frames 2..T are masked independently at it.
@@ -108,13 +106,13 @@ class DynamicsModel(nn.Module):
     def logits(self, hidden_BTND: Tensor, codebook_VL: Tensor) -> Tensor:
         """(..., D) -> (..., C, V)."""
         logits = F.linear(hidden_BTND, self._logits_weight(codebook_VL), self.logits_out.bias)
-        return logits.unflatten(-1, (self.codes_per_patch, self.num_codes))
+        return logits.view(*logits.shape[:-1], self.codes_per_patch, self.num_codes)
 
     def _logits_weight(self, codebook_VL: Tensor) -> Tensor:
         """(C * V, D)."""
         if not self.config.code_vectors:
             return self.logits_out.weight
-        vectors_CLD = self.vectors_out.weight.unflatten(0, (self.codes_per_patch, -1))
+        vectors_CLD = self.vectors_out.weight.view(self.codes_per_patch, *codebook_VL.shape[1:], -1)
         return self.logits_out.weight + (codebook_VL @ vectors_CLD).flatten(0, 1)
 
 

@@ -21,14 +21,13 @@ from genie_model.config import Config
 from genie_model.data.store import VideoStore
 from genie_model.data.truth import PrivilegedTruth
 from genie_model.genie import Genie
-from genie_model.metrics import Estimate
+from genie_model.metrics import Estimate, VideoFeatures
 from genie_model.probe import supervised_bound
 from genie_model.progress import NoLog, RunLog, bar, summary
 from genie_model.source import code_digest
-from genie_model.video_features import Random3DFeatures
+from genie_model.video_features import I3DFeatures, Random3DFeatures
 
 _BATCH = 16  # clips at a time
-_FEATURES = Random3DFeatures()
 _CODE = (  # what decides the figures of given weights
     "data/store.py",
     "data/truth.py",
@@ -51,9 +50,13 @@ Findings = dict[str, Estimate | float]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics` by name, those with an interval over levels beside a `_ci95`; `pictures` are uint8 (H, W, 3)."""
+    """`metrics` by name, those with an interval over levels beside a `_ci95`; `pictures` are uint8 (H, W, 3).
+
+    `curves` are over t, the frames since the prompt: entry i of each is for t = i + 1.
+    """
 
     metrics: dict[str, float]
+    curves: dict[str, list[float]]
     pictures: dict[str, Frames]
 
 
@@ -70,6 +73,8 @@ def evaluate(config: Config, model_uri: str, data_uri: str, log: RunLog = NoLog(
     evaluation = measure(config, genie, held_out)
     save_start_frames(model_uri, data_uri, config)
     log.metrics(evaluation.metrics)
+    for t, values in enumerate(zip(*evaluation.curves.values(), strict=True), 1):
+        log.metrics({f"by_t/{name}": value for name, value in zip(evaluation.curves, values, strict=True)}, t)
     for name, picture_HWC in evaluation.pictures.items():
         log.image(name, picture_HWC)
     summary("evaluate", _headline(config, evaluation.metrics))
@@ -80,13 +85,14 @@ def measure(config: Config, genie: Genie, held_out: HeldOut) -> Evaluation:
     """All metrics and pictures of a Genie in memory. The same config, model and data give the same figures."""
     frames_BTHWC, levels_B = held_out.clips(config.data.clip_length, config.evaluation.clips, config.seed)
     found: Findings = {}
+    curves: dict[str, list[float]] = {}
     drawn: dict[str, Frames] = {}
-    for part in (_measure_tokenizer, _measure_rollouts):
-        part(config, genie, frames_BTHWC, levels_B, found, drawn)
+    _measure_tokenizer(config, genie, frames_BTHWC, levels_B, found, drawn)
+    _measure_rollouts(config, genie, frames_BTHWC, levels_B, found, curves, drawn)
     _measure_latent_actions(config, genie, held_out, found, drawn)
     found["lam_mse_over_copy"] = _lam_mse_over_copy(genie, frames_BTHWC, levels_B)
     drawn["action_grid"] = _action_grid(config, genie, frames_BTHWC)
-    return Evaluation(metrics.flatten(found), drawn)
+    return Evaluation(metrics.flatten(found), curves, drawn)
 
 
 def measured_on(config: Config, data_uri: str) -> str:
@@ -184,6 +190,7 @@ def _measure_tokenizer(
     reconstructed_BTHWC = _in_batches(genie.reconstruct, frames_BTHWC, "reconstruct")
     codes_BTN = _in_batches(genie.tokenize, frames_BTHWC, "tokenize")
     found["tokenizer_psnr"] = _over_levels(metrics.psnr(frames_BTHWC, reconstructed_BTHWC), levels_B)
+    found["tokenizer_ssim"] = _over_levels(metrics.ssim(frames_BTHWC, reconstructed_BTHWC), levels_B)
     found["tokenizer_code_usage"] = metrics.code_usage(codes_BTN, config.tokenizer.codebook.num_codes)
     found["tokenizer_code_perplexity"] = metrics.code_perplexity(codes_BTN, config.tokenizer.codebook.num_codes)
     drawn["reconstruction"] = pictures.reconstruction_strip(frames_BTHWC[:2], reconstructed_BTHWC[:2])
@@ -195,36 +202,61 @@ def _measure_rollouts(
     frames_BTHWC: Frames,
     levels_B: NDArray[np.int64],
     found: Findings,
+    curves: dict[str, list[float]],
     drawn: dict[str, Frames],
 ) -> None:
-    """From a real prompt, with the actions that the LAM infers from the truth and with random ones (delta-t PSNR)."""
+    """From a real prompt to the clip's end, with the actions that the LAM infers from the truth and with random ones.
+
+    Delta-t PSNR is the difference of the two in closeness to the truth (section 3); `horizon` is the t of the headline.
+    """
     prompt, horizon = config.evaluation.prompt_frames, config.evaluation.horizon
-    real_BTHWC = frames_BTHWC[:, : prompt + horizon]
-    prompt_BTHWC, truth_BTHWC = real_BTHWC[:, :prompt], real_BTHWC[:, prompt:]
-    inferred_BT = _in_batches(genie.infer_actions, real_BTHWC, "infer actions")[:, prompt - 1 :]
+    prompt_BTHWC, truth_BTHWC = frames_BTHWC[:, :prompt], frames_BTHWC[:, prompt:]
+    inferred_BT = _in_batches(genie.infer_actions, frames_BTHWC, "infer actions")[:, prompt - 1 :]
     random_BT = np.random.default_rng(config.seed).integers(config.num_actions, size=inferred_BT.shape)
     inferred_BTHWC = rollout(genie, prompt_BTHWC, inferred_BT, config.seed, "inferred actions")
     random_BTHWC = rollout(genie, prompt_BTHWC, random_BT, config.seed, "random actions")
-    copy_BTHWC = np.repeat(prompt_BTHWC[:, -1:], horizon, axis=1)
+    copy_BTHWC = np.repeat(prompt_BTHWC[:, -1:], truth_BTHWC.shape[1], axis=1)
 
-    delta_BT = metrics.delta_psnr(truth_BTHWC, inferred_BTHWC, random_BTHWC)
-    found[f"delta_psnr_t{horizon}"] = _over_levels(delta_BT[:, -1], levels_B)
-    for t in sorted({1, horizon}):
-        rollout_B = metrics.mean_squared_error(truth_BTHWC, inferred_BTHWC)[:, t - 1]
-        copy_B = metrics.mean_squared_error(truth_BTHWC, copy_BTHWC)[:, t - 1]
-        found[f"rollout_psnr_t{t}"] = metrics.pooled_psnr(rollout_B, levels_B)
-        found[f"copy_psnr_t{t}"] = metrics.pooled_psnr(copy_B, levels_B)
-        found[f"rollout_over_copy_t{t}"] = metrics.pooled_psnr_gain(rollout_B, copy_B, levels_B)
+    rollout_BT = metrics.mean_squared_error(truth_BTHWC, inferred_BTHWC)
+    copy_BT = metrics.mean_squared_error(truth_BTHWC, copy_BTHWC)
+    by_t: dict[str, list[Estimate]] = {
+        "delta_psnr": [
+            _over_levels(delta_B, levels_B)
+            for delta_B in metrics.delta_psnr(truth_BTHWC, inferred_BTHWC, random_BTHWC).T
+        ],
+        "rollout_psnr": [metrics.pooled_psnr(error_B, levels_B) for error_B in rollout_BT.T],
+        "copy_psnr": [metrics.pooled_psnr(error_B, levels_B) for error_B in copy_BT.T],
+        "rollout_over_copy": [
+            metrics.pooled_psnr_gain(ours_B, copy_B, levels_B)
+            for ours_B, copy_B in zip(rollout_BT.T, copy_BT.T, strict=True)
+        ],
+        "rollout_ssim": [_over_levels(ssim_B, levels_B) for ssim_B in metrics.ssim(truth_BTHWC, inferred_BTHWC).T],
+    }
+    for name, estimates in by_t.items():
+        found.update({f"{name}_t{t}": estimates[t - 1] for t in sorted({1, horizon})})
+        curves[name] = [estimate.value for estimate in estimates]
+    drawn["by_t"] = pictures.line_plots(by_t, {"rollout_psnr": ["copy_psnr"], "delta_psnr": [], "rollout_ssim": []})
 
     dreamt_BTHWC = np.concatenate([prompt_BTHWC, inferred_BTHWC], axis=1)
     frozen_BTHWC = np.concatenate([prompt_BTHWC, copy_BTHWC], axis=1)
-    fvd = f"fvd_{_FEATURES.name}"
-    found[fvd] = metrics.frechet_video_distance(real_BTHWC, dreamt_BTHWC, _FEATURES)
-    found[f"{fvd}_copy"] = metrics.frechet_video_distance(real_BTHWC, frozen_BTHWC, _FEATURES)
+    for features in _video_features(config):
+        fvd = f"fvd_{features.name}"
+        found[fvd] = metrics.frechet_video_distance(frames_BTHWC, dreamt_BTHWC, features)
+        found[f"{fvd}_copy"] = metrics.frechet_video_distance(frames_BTHWC, frozen_BTHWC, features)
 
     imagined_BTHWC = np.concatenate([prompt_BTHWC, random_BTHWC], axis=1)
-    shown = np.argsort(-metrics.mean_squared_error(truth_BTHWC[:, -1], copy_BTHWC[:, -1]))[:2]  # where most moves
-    drawn["rollout"] = pictures.rollout_strip(real_BTHWC[shown], dreamt_BTHWC[shown], imagined_BTHWC[shown], prompt)
+    shown = np.argsort(-copy_BT[:, horizon - 1])[:2]  # where most moves
+    until = prompt + horizon
+    drawn["rollout"] = pictures.rollout_strip(
+        frames_BTHWC[shown, :until], dreamt_BTHWC[shown, :until], imagined_BTHWC[shown, :until], prompt
+    )
+
+
+def _video_features(config: Config) -> list[VideoFeatures]:
+    found: list[VideoFeatures] = [Random3DFeatures()]
+    if config.evaluation.i3d_uri:
+        found.append(I3DFeatures(config.evaluation.i3d_uri, config.evaluation.i3d_sha256))
+    return found
 
 
 def _measure_latent_actions(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-from pathlib import PurePosixPath
+import tempfile
+from pathlib import Path, PurePosixPath
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -54,3 +56,28 @@ def remove_tree(uri: str) -> None:
     fs, path = url_to_fs(uri)
     if fs.exists(path):
         fs.rm(path, recursive=True)
+
+
+def cache_dir() -> Path:
+    """Where remote files are kept under their checksums ($GENIE_CACHE_DIR): it may be deleted at any time."""
+    return Path(os.environ.get("GENIE_CACHE_DIR") or Path.home() / ".cache" / "genie")
+
+
+def fetch(uri: str, sha256: str) -> Path | None:
+    """A local path to the remote file with that checksum, downloaded whole at first; None when its bytes are others.
+
+    Runs and ranks share what was downloaded, and none of it is stale.
+    """
+    fs, path = url_to_fs(uri)
+    cached = cache_dir() / f"{sha256}{PurePosixPath(path).suffix}"
+    if not cached.exists():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        # In a folder of its own until it is checked: other ranks may download the same file.
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+            download = Path(folder, "download")
+            fs.get_file(path, str(download))
+            with download.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    return None
+            download.replace(cached)
+    return cached

@@ -73,7 +73,9 @@ class Genie(nn.Module):
         with torch.no_grad():
             codes_BTNC = self.tokenizer.encode(x_BTHWC)
         lam_loss, actions, lam_logs = self.lam(self.lam_input(x_BTHWC, codes_BTNC))
-        dynamics_loss, dynamics_logs = self.dynamics(codes_BTNC, actions.latents_BTL, self.tokenizer.quantizer.codebook_VL)
+        dynamics_loss, dynamics_logs = self.dynamics(
+            codes_BTNC, actions.latents_BTL, self.tokenizer.quantizer.codebook_VL
+        )
         logs = {f"lam/{name}": value for name, value in lam_logs.items()}
         logs |= {f"dynamics/{name}": value for name, value in dynamics_logs.items()}
         return lam_loss + dynamics_loss, logs

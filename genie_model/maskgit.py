@@ -43,9 +43,7 @@ def sample_frame(
     codes = torch.full(shape, dynamics.mask_token, device=device)
     for step in range(config.maskgit_steps):
         progress = (step + 1) / config.maskgit_steps
-        logits = dynamics.logits(
-            dynamics.hidden(codes, action_BL[:, None], codebook_VL, cache), codebook_VL
-        ).float()
+        logits = dynamics.logits(dynamics.hidden(codes, action_BL[:, None], codebook_VL, cache), codebook_VL).float()
         log_probs = (logits / max(config.temperature, 1e-4)).log_softmax(-1)
         unknown = codes == dynamics.mask_token
         if config.choice == "mean":

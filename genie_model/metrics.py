@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -92,6 +94,15 @@ def mean_squared_error(truth: ArrayLike, prediction: ArrayLike) -> Floats:
 def psnr(truth: ArrayLike, prediction: ArrayLike) -> Floats:
     """Peak signal-to-noise ratio in dB of each frame (..., H, W, C), uint8 or in [0, 1]; at most MAX_PSNR."""
     return np.asarray(-10 * np.log10(np.maximum(mean_squared_error(truth, prediction), 10 ** (-MAX_PSNR / 10))))
+
+
+def ssim(truth: ArrayLike, prediction: ArrayLike) -> Floats:
+    """Structural similarity (Wang et al., 2004) of frames (..., H, W, C), uint8 or in [0, 1]: 1 where equal."""
+    a, b = (torch.from_numpy(_unit(x)) for x in (truth, prediction))
+    a_NCHW, b_NCHW = (x.flatten(0, -4).movedim(-1, 1) for x in (a, b))
+    values = structural_similarity_index_measure(a_NCHW, b_NCHW, reduction="none", data_range=1.0)
+    assert isinstance(values, torch.Tensor)
+    return np.asarray(values, np.float64).reshape(a.shape[:-3])
 
 
 def pooled_psnr(errors_N: ArrayLike, levels_N: ArrayLike) -> Estimate:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -72,6 +74,23 @@ def share_table(counts_KC: ArrayLike, row_labels: Sequence[str], column_labels: 
             ink = _PAPER if share > 0.5 else _INK
             draw.text((left + width // 2, top + height // 2), f"{share:.0%}", ink, _FONT, anchor="mm")
     return np.asarray(image, np.uint8)
+
+
+def line_plots(estimates: Mapping[str, Sequence[tuple[float, float]]], beside: Mapping[str, Sequence[str]]) -> Picture:
+    """A plot for each key of `beside`, with the curves it names drawn in: values and 95% bands over t = 1, 2, ..."""
+    figure = Figure(figsize=(4.2 * len(beside), 3.2), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, (name, others) in zip(figure.subplots(1, len(beside), squeeze=False)[0], beside.items(), strict=True):
+        for curve in (name, *others):
+            value_T, ci95_T = np.asarray(estimates[curve], np.float64).T
+            t = np.arange(1, len(value_T) + 1)
+            axes.plot(t, value_T, marker=".", label=curve.replace("_", " "))
+            axes.fill_between(t, value_T - ci95_T, value_T + ci95_T, alpha=0.15)
+        axes.set_xlabel("t, frames since the prompt")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.asarray(canvas.buffer_rgba(), np.uint8)[..., :3].copy()  # type: ignore[no-untyped-call]
 
 
 def most_different(frames_BHWC: ArrayLike, count: int) -> list[int]:

@@ -33,9 +33,7 @@ def _demo() -> Config:
             codes_per_patch=4,
             encoder=shallow,
             decoder=small.model_copy(update={"num_layers": 6}),
-            codebook=CodebookConfig(
-                num_codes=1024, commitment=0.05, normalised=False, learn="ema", ema_decay=0.99
-            ),
+            codebook=CodebookConfig(num_codes=1024, commitment=0.05, normalised=False, learn="ema", ema_decay=0.99),
         ),
         lam=LAMConfig(
             patch_size=16,
@@ -54,7 +52,7 @@ def _demo() -> Config:
         ),
         sampling=SamplingConfig(maskgit_steps=2, choice="mean", temperature=1.0, order_noise=0.0),
         train_tokenizer=StageConfig(steps=800, batch_size=4, optimizer=tokenizer_rates, checkpoint_every=100),
-        train_world=StageConfig(steps=2000, batch_size=4, optimizer=world_rates, checkpoint_every=100),
+        train_world=StageConfig(steps=1500, batch_size=4, optimizer=world_rates, checkpoint_every=100),
         evaluation=EvaluationConfig(clips=128),
     )
 

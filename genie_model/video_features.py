@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from genie_model import files
+
 
 class Random3DFeatures:
     """A fixed random 3-D convolutional network: no weights to download, the same on every machine with one torch.
@@ -43,3 +45,40 @@ class Random3DFeatures:
             x = nn.functional.conv3d(padded, weight, stride=(1, 2, 2)).relu()
             features += [x.mean((2, 3, 4)), x.std((2, 3, 4))]
         return torch.cat(features, dim=1)
+
+
+class I3DFeatures:
+    """What published Frechet video distances compare (Unterthiner et al., 2018): I3D's, trained on Kinetics-400.
+
+    The network is the TorchScript file that StyleGAN-V made of it (`i3d_torchscript.pt`), or one that is called alike:
+    `network(x_BCTHW, rescale=False, resize=False, return_features=True)` with x in [-1, 1], 224 x 224 pixels. Here
+    frames are resized bilinearly. Papers differ in that, in how many frames a clip has and in how many clips they
+    compare, so name all three beside a distance. TorchScript holds code: only the file with the named checksum is run.
+    """
+
+    name = "i3d"
+
+    def __init__(self, uri: str, sha256: str) -> None:
+        """Raises ValueError when there is no such file, when it has another checksum, or when it is no TorchScript."""
+        try:
+            path = files.fetch(uri, sha256.lower())
+        except FileNotFoundError:
+            raise ValueError(f"no I3D network at {uri}: check evaluation.i3d_uri") from None
+        if path is None:
+            raise ValueError(f"the file at {uri} has another SHA-256 than evaluation.i3d_sha256={sha256}")
+        try:
+            self._network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise ValueError(f"the file at {uri} is no TorchScript: {str(error).splitlines()[0]}") from None
+
+    @torch.inference_mode()
+    def __call__(self, videos_BTHWC: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Features (B, 400) of uint8 videos of at least 9 frames, which I3D's pooling needs."""
+        features = []
+        for video_THWC in videos_BTHWC:  # one at a time: 16 frames of 224 x 224 take a gigabyte of activations
+            x_TCHW = torch.from_numpy(np.ascontiguousarray(video_THWC)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            x_TCHW = nn.functional.interpolate(x_TCHW, (224, 224), mode="bilinear")
+            x_BCTHW = x_TCHW.transpose(0, 1)[None]
+            features.append(self._network(x_BCTHW, rescale=False, resize=False, return_features=True))
+        features_BD: NDArray[np.float64] = torch.cat(features).double().numpy()
+        return features_BD

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from genie_model import files
 from genie_model.data.shards import CHUNK_FRAMES, Index, file_sizes, read_index
 
 
@@ -115,23 +114,10 @@ class VideoStore:
         name, sha256 = self._shards[shard]["name"], self._shards[shard]["sha256"]
         if isinstance(self._fs, LocalFileSystem):
             return f"{self._root}/{name}"
-        cached = cache_dir() / f"{sha256}.tar"
-        if not cached.exists():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            # In a folder of its own until it is checked: other ranks may download the same shard.
-            with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
-                download = Path(folder) / name
-                self._fs.get_file(f"{self._root}/{name}", str(download))
-                with download.open("rb") as file:
-                    if _sha256(file) != sha256:
-                        raise ValueError(self._damaged(shard))
-                download.replace(cached)
+        cached = files.fetch(f"{self.uri}/{name}", sha256)
+        if cached is None:
+            raise ValueError(self._damaged(shard))
         return cached
-
-
-def cache_dir() -> Path:
-    """Where shards of remote data sets are kept. Nothing else writes there: it may be deleted at any time."""
-    return Path(os.environ.get("GENIE_CACHE_DIR") or Path.home() / ".cache" / "genie")
 
 
 def _sha256(file: io.BufferedReader) -> str:

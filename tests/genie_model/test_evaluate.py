@@ -23,6 +23,8 @@ CONFIG = get_preset("tiny").with_overrides(
 SIZE, LEVELS, FRAMES = 64, 6, 33
 WITH_INTERVAL = [
     "tokenizer_psnr",
+    "tokenizer_ssim",
+    "rollout_ssim_t1",
     "delta_psnr_t4",
     "rollout_psnr_t1",
     "copy_psnr_t1",
@@ -51,13 +53,16 @@ class Recorder:
     """A RunLog that remembers."""
 
     def __init__(self):
-        self.values, self.images = {}, {}
+        self.values, self.curves, self.images = {}, {}, {}
 
     def params(self, values):
         pass
 
     def metrics(self, values, step=0):
-        self.values.update(values)
+        if step == 0:
+            self.values.update(values)
+        for name, value in values.items() if step else ():
+            self.curves.setdefault(name, []).append(value)
 
     def image(self, name, image_HWC):
         self.images[name] = image_HWC
@@ -176,7 +181,12 @@ def test_a_real_genie_is_evaluated_logged_and_given_its_start_frames(real, capsy
     assert names <= set(found.metrics)
     assert all(np.isfinite(value) for value in found.metrics.values())
     assert log.values == found.metrics
-    assert set(log.images) == {"reconstruction", "rollout", "action_grid", "actions_beside_truth"}
+    assert log.curves == {f"by_t/{name}": values for name, values in found.curves.items()}
+    assert set(found.curves) == {"delta_psnr", "rollout_psnr", "copy_psnr", "rollout_over_copy", "rollout_ssim"}
+    for name, values in found.curves.items():
+        assert len(values) == CONFIG.data.clip_length - 1
+        assert values[3] == found.metrics[f"{name}_t4"]
+    assert set(log.images) == {"by_t", "reconstruction", "rollout", "action_grid", "actions_beside_truth"}
     assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for picture in log.images.values())
     assert "[evaluate] tokenizer" in capsys.readouterr().out
 

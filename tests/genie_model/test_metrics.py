@@ -25,6 +25,18 @@ def test_psnr_known_values():
     np.testing.assert_array_equal(metrics.psnr(grey, grey), [metrics.MAX_PSNR] * 2)
 
 
+def test_ssim_falls_with_noise_and_with_blur_and_not_with_brightness_as_psnr_does(rng):
+    frames = rng.integers(0, 256, (2, 3, 8, 8, 3)).repeat(4, axis=2).repeat(4, axis=3).astype(np.uint8)
+    noisy = [(frames + s * rng.normal(size=frames.shape)).clip(0, 255).astype(np.uint8) for s in (0, 10, 30)]
+    equal, some, much = (metrics.ssim(frames, x) for x in noisy)
+    np.testing.assert_allclose(equal, np.ones((2, 3)), atol=1e-6)
+    assert (equal > some).all()
+    assert (some > much).all()
+    brighter = np.minimum(frames.astype(int) // 2 + 64, 255), frames // 2
+    assert (metrics.psnr(*(x.astype(np.uint8) for x in brighter)) < 13).all()
+    assert (metrics.ssim(*(x.astype(np.uint8) for x in brighter)) > 0.5).all()
+
+
 def test_pooled_psnr_is_of_the_mean_error_and_does_not_count_still_clips():
     copy, dreamt, levels = [0.0, 0.02], [0.001, 0.001], [0, 1]  # a copy is exact where nothing moves
     assert metrics.pooled_psnr(copy, levels).value == pytest.approx(20)
