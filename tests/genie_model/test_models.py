@@ -13,6 +13,7 @@ from genie_model.genie import Genie
 from genie_model.lam import block_matching
 from genie_model.presets import get_preset
 from genie_model.quantizer import VectorQuantizer
+from genie_model.tokenizer import cosine_transform
 
 CONFIG = get_preset("tiny")
 
@@ -164,6 +165,48 @@ def test_quantizer_passes_latents_first_and_codes_later() -> None:
     late.latents.square().sum().backward()
     assert latents.grad is not None
     assert latents.grad.any()
+
+
+@pytest.mark.parametrize("min_share", [0.05, 0.0])
+def test_moving_averages_find_the_clusters_and_dead_codes_revive(min_share: float) -> None:
+    torch.manual_seed(0)
+    config = CodebookConfig(
+        num_codes=16, latent_dim=4, learn="ema", ema_decay=0.9, normalised=False, min_share=min_share
+    )
+    quantizer, centres = VectorQuantizer(config).train(), 10 + torch.randn(8, 4)
+    for _ in range(60):
+        quantizer(centres[torch.randint(8, (256,))] + 0.02 * torch.randn(256, 4))
+    distance = torch.cdist(centres, quantizer.codebook_VL).amin(-1)
+    assert torch.isfinite(quantizer.codebook_VL).all()
+    assert (distance.max() < 0.05) == (min_share > 0)  # one code of the first draw is nearest to all: who revives none
+
+
+def test_latents_that_keep_their_scale_are_quantized_as_they_are() -> None:
+    config = CodebookConfig(num_codes=4, latent_dim=2, normalised=False)
+    quantizer = VectorQuantizer(config).eval()
+    quantizer.codebook_VL.copy_(torch.tensor([[0.0, 0.0], [10.0, 10.0], [0.0, 9.0], [3.0, 3.0]]))
+    assert quantizer(torch.tensor([[8.0, 8.0], [4.0, 4.0], [-1.0, 6.0]])).codes.tolist() == [1, 3, 2]
+
+
+def test_the_cosine_transform_is_orthonormal_and_starts_with_the_mean() -> None:
+    basis = cosine_transform(4)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(48))
+    torch.testing.assert_close(basis[0], torch.full((48,), 48**-0.5))
+
+
+def test_a_tokenizer_of_squares_starts_by_showing_them() -> None:
+    """Without what the transformers add, low frequencies come back as they went in."""
+    tokenizer = Genie(CONFIG).tokenizer
+    with torch.no_grad():
+        tokenizer.to_latent.weight.zero_()
+        tokenizer.patch_out.weight.zero_()
+        ramp = torch.linspace(0, 1, 64)
+        x_BTHWC = torch.stack([ramp[:, None].expand(64, 64), ramp.expand(64, 64), torch.full((64, 64), 0.3)], -1)
+        shown = tokenizer._decode(tokenizer._encode(x_BTHWC[None, None]))[0, 0]
+        checkers = (torch.arange(64)[:, None] + torch.arange(64)).remainder(2).float()[..., None].expand(64, 64, 3)
+        blurred = tokenizer._decode(tokenizer._encode(checkers[None, None]))[0, 0]
+    torch.testing.assert_close(shown, x_BTHWC, atol=0.02, rtol=0)
+    torch.testing.assert_close(blurred, torch.full_like(checkers, 0.5), atol=0.1, rtol=0)
 
 
 def test_quantizer_does_not_learn_in_evaluation() -> None:
