@@ -170,6 +170,9 @@ class EvaluationConfig(ConfigNode):
     grid_repeats: int = Field(5, ge=1, description="times each latent action is taken in the grid")
     i3d_uri: str = Field("", description="a TorchScript I3D; with it, fvd_i3d is measured too (video_features.py)")
     i3d_sha256: str = Field("", pattern="^([0-9a-fA-F]{64})?$", description="its checksum: no other file is run")
+    held_prompts: int = Field(
+        24, ge=2, description="start frames from which each action is held: Figure 17 as a number"
+    )
     probe_steps: int = Field(300, ge=1, description="training steps of the supervised bound on telling direction")
 
     @model_validator(mode="after")

@@ -91,6 +91,7 @@ def measure(config: Config, genie: Genie, held_out: HeldOut) -> Evaluation:
     _measure_rollouts(config, genie, frames_BTHWC, levels_B, found, curves, drawn)
     _measure_latent_actions(config, genie, held_out, found, drawn)
     found["lam_mse_over_copy"] = _lam_mse_over_copy(genie, frames_BTHWC, levels_B)
+    _measure_held_actions(config, genie, frames_BTHWC, levels_B, found)
     drawn["action_grid"] = _action_grid(config, genie, frames_BTHWC)
     return Evaluation(metrics.flatten(found), curves, drawn)
 
@@ -304,6 +305,26 @@ def _lam_mse_over_copy(genie: Genie, frames_BTHWC: Frames, levels_B: NDArray[np.
     return metrics.ratio_over_levels(
         error_B, metrics.mean_squared_error(truth_BTHWC, copy_BTHWC).mean(axis=1), levels_B
     )
+
+
+def _measure_held_actions(
+    config: Config, genie: Genie, frames_BTHWC: Frames, levels_B: NDArray[np.int64], found: Findings
+) -> None:
+    """Figure 17 as a number: how much of the screen's motion is explained by which action is held. Needs no labels.
+
+    A world in which an action does the same everywhere scores near 1, one that does what it likes scores 0.
+    """
+    prompts, repeats = config.evaluation.held_prompts, config.evaluation.grid_repeats
+    prompts_BTHWC = frames_BTHWC[:prompts, : config.evaluation.prompt_frames].repeat(config.num_actions, axis=0)
+    actions_B = np.tile(np.arange(config.num_actions), len(frames_BTHWC[:prompts]))
+    dreamt_BTHWC = rollout(
+        genie, prompts_BTHWC, actions_B[:, None].repeat(repeats, axis=1), config.seed, "held actions"
+    )
+    seen_BTHWC = np.concatenate([prompts_BTHWC[:, -1:], dreamt_BTHWC], axis=1)
+    steps = [metrics.screen_motion(seen_BTHWC[:, t], seen_BTHWC[:, t + 1]) for t in range(repeats)]
+    motion_B2, held_levels_B = np.sum(steps, axis=0), levels_B[:prompts].repeat(config.num_actions)
+    for name, truth in (("", motion_B2), ("_y", motion_B2[:, 0]), ("_x", motion_B2[:, 1])):
+        found[f"held_motion{name}_explained"] = metrics.explained_variance(actions_B, truth, held_levels_B)
 
 
 def _action_grid(config: Config, genie: Genie, frames_BTHWC: Frames) -> Frames:

@@ -128,6 +128,40 @@ def delta_psnr(truth: ArrayLike, inferred: ArrayLike, random: ArrayLike) -> Floa
     return np.asarray(psnr(truth, inferred) - psnr(truth, random))
 
 
+def screen_motion(before: ArrayLike, after: ArrayLike, reach: int = 8) -> Floats:
+    """By how many pixels (down, right) what is on screen has moved: (N, 2), from frames (N, H, W, C).
+
+    The shift of up to `reach` that leaves the least squared error in the middle of the frame, and between whole pixels
+    the lowest point of a parabola through its neighbours. Where no shift is better than none, nothing has moved.
+    """
+    a_NHWC, b_NHWC = _unit(before), _unit(after)
+    middle = (slice(None), slice(reach, -reach), slice(reach, -reach))
+    shifts = range(-reach, reach + 1)
+    errors_NSS = np.stack(
+        [
+            np.stack(
+                [np.square(np.roll(a_NHWC, (y, x), (1, 2))[middle] - b_NHWC[middle]).mean((1, 2, 3)) for x in shifts], 1
+            )
+            for y in shifts
+        ],
+        1,
+    )
+    errors_NSS[:, reach, reach] -= 1e-6
+    best_N = errors_NSS.reshape(len(errors_NSS), -1).argmin(1)
+    n, (y_N, x_N) = np.arange(len(best_N)), np.divmod(best_N, len(shifts))
+
+    def refined(place_N: Ints, line_NS: Floats) -> Floats:
+        inner_N = (place_N > 0) & (place_N < 2 * reach)
+        at_N = np.clip(place_N, 1, 2 * reach - 1)
+        low_N, mid_N, high_N = (line_NS[n, at_N + d] for d in (-1, 0, 1))
+        bend_N = np.maximum(low_N - 2 * mid_N + high_N, 1e-9)
+        return place_N - reach + np.where(inner_N, np.clip((low_N - high_N) / (2 * bend_N), -0.5, 0.5), 0)
+
+    moved_N2 = np.stack([refined(y_N, errors_NSS[n, :, x_N]), refined(x_N, errors_NSS[n, y_N])], 1)
+    still_N = (y_N == reach) & (x_N == reach) & (errors_NSS[:, reach, reach] <= 0)
+    return np.asarray(np.where(still_N[:, None], 0.0, moved_N2), np.float64)
+
+
 # --- codes ---
 
 
@@ -207,23 +241,26 @@ def mutual_information_bits(
 
 
 def explained_variance(latents_N: ArrayLike, truth_N: ArrayLike, levels_N: ArrayLike) -> Estimate:
-    """The share of a continuous truth's variance that its mean given the latent explains.
+    """The share of a continuous truth's variance that its mean given the latent explains; of vectors, of all axes'.
 
-    Cross-fitted by levels: means from one half predict the other, so unrelated latents score about 0 (slightly below).
+    Truths are (N) or (N, axes). Cross-fitted by levels: means from one half predict the other, so unrelated latents
+    score about 0 (slightly below).
     """
-    latents_N, truth_N = _ints(latents_N), np.asarray(truth_N, np.float64)
-    predicted_N = np.empty_like(truth_N)
+    latents_N, truth_NX = _ints(latents_N), np.asarray(truth_N, np.float64).reshape(np.size(latents_N), -1)
+    predicted_NX = np.empty_like(truth_NX)
     for fit_N in _halves(levels_N):
-        counts_K = np.bincount(latents_N[fit_N], minlength=latents_N.max() + 1)
-        sums_K = np.bincount(latents_N[fit_N], weights=truth_N[fit_N], minlength=latents_N.max() + 1)
-        mean_K = np.where(counts_K > 0, sums_K / np.maximum(counts_K, 1), truth_N[fit_N].mean())
-        predicted_N[~fit_N] = mean_K[latents_N[~fit_N]]
-    centred_N = truth_N - truth_N.mean()  # so that the squares below do not cancel
-    moments_N4 = np.stack(
-        [np.square(truth_N - predicted_N), np.square(centred_N), centred_N, np.ones_like(truth_N)], -1
+        is_latent_NK = latents_N[fit_N][:, None] == np.arange(latents_N.max() + 1)
+        counts_K1 = is_latent_NK.sum(0)[:, None]
+        mean_KX = is_latent_NK.T @ truth_NX[fit_N] / np.maximum(counts_K1, 1)
+        mean_KX = np.where(counts_K1 > 0, mean_KX, truth_NX[fit_N].mean(0))
+        predicted_NX[~fit_N] = mean_KX[latents_N[~fit_N]]
+    centred_NX = truth_NX - truth_NX.mean(0)  # so that the squares below do not cancel
+    squares_N3 = np.stack(
+        [np.square(truth_NX - predicted_NX).sum(1), np.square(centred_NX).sum(1), np.ones(len(truth_NX))], -1
     )
     return bootstrap(
-        _sum_by_level(moments_N4, levels_N), lambda sums: 1 - sums[0] / max(sums[1] - sums[2] ** 2 / sums[3], 1e-12)
+        _sum_by_level(np.concatenate([squares_N3, centred_NX], 1), levels_N),
+        lambda sums: 1 - sums[0] / max(sums[1] - np.square(sums[3:]).sum() / sums[2], 1e-12),
     )
 
 

@@ -37,6 +37,28 @@ def test_ssim_falls_with_noise_and_with_blur_and_not_with_brightness_as_psnr_doe
     assert (metrics.ssim(*(x.astype(np.uint8) for x in brighter)) > 0.5).all()
 
 
+@pytest.mark.parametrize(("down", "right"), [(0, 0), (3, -2), (-7, 5)])
+def test_screen_motion_finds_whole_and_half_pixels(rng, down, right):
+    world = rng.integers(0, 256, (4, 20, 20, 3)).repeat(5, axis=1).repeat(5, axis=2).astype(np.float32) / 255
+    at = lambda y, x: world[:, 20 - y : 84 - y, 20 - x : 84 - x]  # noqa: E731
+    moved = metrics.screen_motion(at(0, 0), at(down, right))
+    np.testing.assert_allclose(moved, [[down, right]] * 4, atol=0.05)
+    half = (at(down, right) + at(down, right + 1)) / 2
+    np.testing.assert_allclose(metrics.screen_motion(at(0, 0), half), [[down, right + 0.5]] * 4, atol=0.15)
+
+
+def test_nothing_moves_on_an_empty_or_a_still_screen():
+    grey = np.full((2, 64, 64, 3), 77, np.uint8)
+    np.testing.assert_array_equal(metrics.screen_motion(grey, grey), np.zeros((2, 2)))
+
+
+def test_the_explained_variance_of_vectors_is_of_all_axes(rng, levels):
+    latents = rng.integers(0, 2, levels.size)
+    told, untold = 2.0 * latents, rng.normal(size=levels.size)
+    estimate = metrics.explained_variance(latents, np.stack([told, untold], 1), levels)
+    assert estimate.value == pytest.approx(0.5, abs=0.03)
+
+
 def test_pooled_psnr_is_of_the_mean_error_and_does_not_count_still_clips():
     copy, dreamt, levels = [0.0, 0.02], [0.001, 0.001], [0, 1]  # a copy is exact where nothing moves
     assert metrics.pooled_psnr(copy, levels).value == pytest.approx(20)

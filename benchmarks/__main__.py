@@ -1,0 +1,212 @@
+"""How fast Genie trains and plays here, each figure beside the floor of this machine, in one table of one run.
+
+    python -m benchmarks [--only WORD ...] [--json FILE] [--set a.b=c ...]
+
+The floor of a line is its FLOPs, counted by torch and not estimated, over the rate of a bfloat16 matmul of its shape:
+4,096 rows by 512 by 512 for training, one frame's rows for play. That rate is measured before and after every line,
+since neighbours on a shared machine swing it, and the share is of the mean of the two. Times are medians after warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.configs import CONFIGS
+from genie_model.backend import native
+from genie_model.checkpoint import save_model
+from genie_model.config import Config, StageConfig
+from genie_model.genie import Genie
+from genie_model.optim import Optimizers
+
+TRAINING_ROWS = 4096
+_FIRST_FRAME = """
+import sys, time
+began = time.perf_counter()
+import torch
+from genie_model.checkpoint import load_model
+genie = load_model(sys.argv[1])
+state = genie.start(torch.zeros(1, 1, *genie.config.frame_shape, dtype=torch.uint8))
+genie.step(state, torch.zeros(1, dtype=torch.long))
+print(time.perf_counter() - began)
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table; rates are in FLOP/s, times in seconds."""
+
+    config: str
+    what: str
+    frames_per_second: float
+    seconds: float
+    repeats: int
+    flops: float
+    matmul_rate_before: float
+    matmul_rate_after: float
+
+    @property
+    def floor(self) -> float:
+        return 2 * self.flops / (self.matmul_rate_before + self.matmul_rate_after)
+
+    @property
+    def share(self) -> float:
+        return self.floor / self.seconds
+
+    def row(self) -> str:
+        rates = f"{self.matmul_rate_before / 1e9:,.0f}, {self.matmul_rate_after / 1e9:,.0f}"
+        return (
+            f"| {self.config} | {self.what} | {self.flops / 1e9:,.1f} | {self.seconds * 1e3:,.0f} ms "
+            f"| {self.frames_per_second:,.3g} | {rates} | {self.floor * 1e3:,.1f} ms | {self.share:.0%} |"
+        )
+
+
+HEADER = (
+    "| config | what | GFLOP | time | frames/s | GFLOP/s of a matmul before, after | floor | share |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def median_seconds(run: Callable[[], object], budget: float = 15.0) -> tuple[float, int]:
+    """The median and of how many: two runs to warm up, then 3 to 15, as many as the budget of seconds holds."""
+    once = min(seconds_of(run) for _ in range(2))
+    repeats = min(max(int(budget / once), 3), 15)
+    return statistics.median(seconds_of(run) for _ in range(repeats)), repeats
+
+
+def matmul_rate(rows: int) -> float:
+    """FLOP/s of a bfloat16 matmul of so many rows, 512 by 512."""
+    a, b = (torch.randn(n, 512, device=native.device()).bfloat16() for n in (rows, 512))
+    for _ in range(10):
+        a @ b
+    times = [seconds_of(lambda: a @ b) for _ in range(50)]
+    return 2 * rows * 512 * 512 / statistics.median(times)
+
+
+def measure(config: str, what: str, run: Callable[[], object], frames: int, rows: int) -> Line:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    before = matmul_rate(rows)
+    seconds, repeats = median_seconds(run)
+    flops = counter.get_total_flops()
+    return Line(config, what, frames / seconds, seconds, repeats, flops, before, matmul_rate(rows))
+
+
+def training_step(module: torch.nn.Module, config: Config, stage: StageConfig) -> Callable[[], None]:
+    shape = (stage.batch_size, config.data.clip_length, *config.frame_shape)
+    batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    module.to(native.device()).train()
+    optimizers = Optimizers(module, stage.optimizer)
+
+    def run() -> None:
+        with native.autocast(stage.precision):
+            loss, _ = module(native.to_unit_frames(batch))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), stage.optimizer.clip_norm)
+        optimizers.step()
+
+    return run
+
+
+def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]:
+    """What is measured of a config, each line to be called in turn."""
+    torch.manual_seed(0)
+    genie, clip = Genie(config), config.data.clip_length
+
+    def train(what: str, module: torch.nn.Module, stage: StageConfig) -> Line:
+        genie.tokenizer.requires_grad_(module is genie.tokenizer)
+        frames = stage.batch_size * clip
+        return measure(name, what, training_step(module, config, stage), frames, TRAINING_ROWS)
+
+    def play(what: str, steps: int) -> Line:
+        sampling = config.sampling.model_copy(update={"maskgit_steps": steps})
+        genie.config = config.model_copy(update={"sampling": sampling})
+        genie.to(native.device()).eval()
+        prompt = torch.randint(0, 256, (1, clip, *config.frame_shape), dtype=torch.uint8, device=native.device())
+        state, action = genie.start(prompt), torch.zeros(1, dtype=torch.long, device=native.device())
+        return measure(name, what, lambda: genie.step(state, action), 1, genie.tokenizer.num_patches)
+
+    tokenizer, world = config.train_tokenizer, config.train_world
+    what = f"tokenizer training step, {tokenizer.batch_size} x {clip} frames"
+    yield what, functools.partial(train, what, genie.tokenizer, tokenizer)
+    what = f"LAM + dynamics training step, {world.batch_size} x {clip} frames"
+    yield what, functools.partial(train, what, genie, world)
+    for steps in sorted({config.sampling.maskgit_steps, 8, 25}):
+        what = f"played frame, {steps} MaskGIT steps, {clip - 1} frames of history"
+        yield what, functools.partial(play, what, steps)
+
+
+def first_frame_seconds(config: Config) -> float:
+    """From the start of Python's imports to the first played frame, files warm: the median of three processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(folder, Genie(config))
+        command = [sys.executable, "-c", _FIRST_FRAME, folder]
+        return statistics.median(float(subprocess.check_output(command)) for _ in range(3))
+
+
+def machine() -> dict[str, object]:
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = (
+        next((line.partition(": ")[2] for line in cpuinfo.open() if line.startswith("model name")), "")
+        if (cpuinfo.exists())
+        else ""
+    )
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", default=[], help="words: lines whose config or name holds all of them")
+    parser.add_argument("--json", type=Path, default=Path("build/benchmarks.json"))
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="config fields, for every config")
+    arguments = parser.parse_args()
+    native.keep_freed_memory()
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(HEADER)
+    measured: list[Line] = []
+    for name, make in CONFIGS.items():
+        for what, run in lines(name, make().with_overrides(*arguments.overrides)):
+            if all(word in f"{name} {what}" for word in arguments.only):
+                measured.append(run())
+                print(measured[-1].row(), flush=True)
+    first = {}
+    for name, make in CONFIGS.items():
+        if all(word in f"{name} first" for word in arguments.only):
+            first[name] = first_frame_seconds(make().with_overrides(*arguments.overrides))
+            print(f"{name}: {first[name]:.1f} s from starting to import torch to the first played frame", flush=True)
+    rows = [asdict(line) | {"floor": line.floor, "share": line.share} for line in measured]
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps({"machine": machine(), "lines": rows, "first_frame_seconds": first}, indent=2))
+    print(f"written to {arguments.json}")
+
+
+if __name__ == "__main__":
+    main()
