@@ -62,7 +62,7 @@ def main() -> None:
         "frames": arguments.frames,
         "frame_ms_by_tenth": [1e3 * statistics.median(seconds[i : i + tenth]) for i in range(0, len(seconds), tenth)],
         "memory_mb_by_tenth": [max(memory[i : i + tenth]) for i in range(0, len(memory), tenth)],
-        # how different neighbouring pixels are, beside the prompt's: falls to 0 as a picture falls apart into one colour
+        # how unlike neighbouring pixels are, beside the prompt's: falls to 0 as a picture becomes one colour
         "detail_over_prompt": {t: detail(seen[t]) / detail(seen[0]) for t in SHOWN if t < len(seen)},
     }
     shown = [0, *(t for t in SHOWN if t < len(seen))]

@@ -49,6 +49,7 @@ class TransformerConfig(ConfigNode):
     num_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2, multiple_of=2, description="the tables' k/q size; not always d_model / num_heads")
     mlp_ratio: int = Field(4, ge=1)
+    temporal_every: int = Field(1, ge=1, description="only every so manieth ST block attends to time")
     qk_norm: bool = Field(True, description="normalise queries and keys (section 3, Training Details)")
 
 
@@ -59,8 +60,10 @@ class CodebookConfig(ConfigNode):
     latent_dim: int = Field(32, ge=1)
     commitment: float = Field(0.25, ge=0)
     normalised: bool = Field(True, description="every latent to mean 0 and variance 1; else latents keep their scale")
-    learn: Literal["kmeans", "ema"] = Field(
-        "kmeans", description="codes are the k-means of recent latents, or the moving average of those they served"
+    learn: Literal["kmeans", "ema", "gradient"] = Field(
+        "kmeans",
+        description="codes are the k-means of recent latents, or the moving average of those they served, "
+        "or learn by gradient as in the first VQ-VAE",
     )
     ema_decay: float = Field(0.9, ge=0, lt=1, description="how much of a code stays when it moves to its latents' mean")
     memory: int = Field(8192, ge=1, description="kmeans: how many recent latents")
@@ -112,8 +115,14 @@ class DynamicsConfig(ConfigNode):
     """The MaskGIT dynamics model (section 2.1, App. C.3)."""
 
     transformer: TransformerConfig
+    action: Literal["added", "token"] = Field(
+        "added", description="to every token of its frame (section 2.1), or one more token in front of them"
+    )
     code_vectors: bool = Field(False, description="tokens are also known, and told, by their codes' vectors")
     clean_frames: float = Field(0.0, ge=0, lt=1, description="share of frames left unmasked, as the past is in play")
+    corrupt_tokens: float = Field(
+        0.0, ge=0, lt=1, description="at most this share of known tokens, drawn for each clip, become random codes"
+    )
     mask_rate_min: float = Field(0.5, ge=0, le=1)
     mask_rate_max: float = Field(1.0, ge=0, le=1)
 
@@ -126,7 +135,13 @@ class SamplingConfig(ConfigNode):
         "draw", description="of a token: drawn at random, or the code nearest to the mean of the codes' vectors"
     )
     temperature: float = Field(1.0, ge=0, description="of the token distribution; 0 takes the most likely token")
-    order_noise: float = Field(4.5, ge=0, description="Gumbel noise on which tokens are kept first; anneals to 0")
+    last_temperature: float | None = Field(
+        None, ge=0, description="it goes there evenly over the steps; none: it stays"
+    )
+    order: Literal["confidence", "random", "halton"] = Field(
+        "confidence", description="which tokens are kept first; halton: spread evenly over the frame"
+    )
+    order_noise: float = Field(4.5, ge=0, description="Gumbel noise on the confidence; anneals to 0")
 
 
 class OptimizerConfig(ConfigNode):

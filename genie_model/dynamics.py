@@ -18,8 +18,9 @@ _ROWS = 256  # positions whose logits are held at once
 class DynamicsModel(nn.Module):
     """Predicts the masked tokens of frame t from all earlier frames, the frame's own known tokens, and action t-1.
 
-    Actions are added to every token of the frame they lead to, not concatenated (section 2.1). The first frame has
-    none. A patch with C codes is one position of the transformer: their embeddings are summed, and C heads read it.
+    Actions are added to every token of the frame they lead to, not concatenated (section 2.1), unless the config makes
+    each a token of its frame. The first frame has none. A patch with C codes is one position of the transformer: their
+    embeddings are summed, and C heads read it.
 
     With `code_vectors` the codebook enters too: a code's embedding and its row of the output are each the sum of one of
     its own (the paper's) and a linear map of its vector. So what is learnt of one code holds for all that look like it,
@@ -49,6 +50,8 @@ class DynamicsModel(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(num_patches, width))
         self.action_in = nn.Linear(action_dim, width, bias=False)
         self.transformer = STTransformer(config.transformer, window)
+        if config.action == "token":
+            self.action_position = nn.Parameter(0.02 * torch.randn(width))
         self.logits_out = TokenLinear(width, codes_per_patch * num_codes)
         if config.code_vectors:
             self.vectors_in = TokenLinear(codes_per_patch * code_dim, width, bias=False)
@@ -73,7 +76,7 @@ class DynamicsModel(nn.Module):
         dirty_F = dirty_F // (T - 1) * T + dirty_F % (T - 1) + 1  # indices into the B * T frames, never a first one
         mask_FNC = mask_BTNC.flatten(0, 1)[dirty_F]
         mask_BTNC = torch.zeros_like(mask_BTNC).flatten(0, 1).index_copy(0, dirty_F, mask_FNC).view_as(mask_BTNC)
-        seen_BTNC = torch.where(mask_BTNC, self.mask_token, codes_BTNC)
+        seen_BTNC = torch.where(mask_BTNC, self.mask_token, self._corrupt(codes_BTNC))
         hidden_BTND = self.hidden(seen_BTNC, F.pad(actions_BTL.detach(), (0, 0, 1, 0)), codebook_VL)
         weight_XC = mask_FNC.flatten(0, 1).float()
         weight_XC = weight_XC / weight_XC.sum().clamp_min(1)
@@ -100,8 +103,23 @@ class DynamicsModel(nn.Module):
             vectors_BTNCL = F.embedding(codes_BTNC, F.pad(codebook_VL, (0, 0, 0, 1)))  # zero where masked
             tokens_BTND = tokens_BTND + self.vectors_in(vectors_BTNCL.flatten(-2))
         action_BTD = self.action_in(actions_BTL)  # under autocast in bfloat16, and so then is the residual stream
-        hidden_BTND: Tensor = self.transformer(tokens_BTND.to(action_BTD.dtype) + action_BTD[:, :, None], cache, commit)
-        return hidden_BTND
+        tokens_BTND, action_BT1D = tokens_BTND.to(action_BTD.dtype), action_BTD[:, :, None]
+        if self.config.action == "token":
+            front_BT1D = action_BT1D + self.action_position.to(action_BTD.dtype)
+            tokens_BTND = torch.cat([front_BT1D, tokens_BTND], 2)
+        else:
+            tokens_BTND = tokens_BTND + action_BT1D
+        hidden_BTND: Tensor = self.transformer(tokens_BTND, cache, commit)
+        return hidden_BTND[:, :, -self.position.shape[0] :]
+
+    def _corrupt(self, codes_BTNC: Tensor) -> Tensor:
+        """Some known tokens become random codes, so that play's own errors are nothing new (Valevski et al., 2024)."""
+        if not self.config.corrupt_tokens:
+            return codes_BTNC
+        device = codes_BTNC.device
+        rate_B111 = self.config.corrupt_tokens * torch.rand(len(codes_BTNC), 1, 1, 1, device=device)
+        wrong_BTNC = torch.randint_like(codes_BTNC, self.num_codes)
+        return torch.where(torch.rand(codes_BTNC.shape, device=device) < rate_B111, wrong_BTNC, codes_BTNC)
 
     def logits(self, hidden_BTND: Tensor, codebook_VL: Tensor) -> Tensor:
         """(..., D) -> (..., C, V)."""

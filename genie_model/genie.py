@@ -74,7 +74,7 @@ class Genie(nn.Module):
             codes_BTNC = self.tokenizer.encode(x_BTHWC)
         lam_loss, actions, lam_logs = self.lam(self.lam_input(x_BTHWC, codes_BTNC))
         dynamics_loss, dynamics_logs = self.dynamics(
-            codes_BTNC, actions.latents_BTL, self.tokenizer.quantizer.codebook_VL
+            codes_BTNC, actions.latents_BTL, self.tokenizer.quantizer.codebook_VL.detach()
         )
         logs = {f"lam/{name}": value for name, value in lam_logs.items()}
         logs |= {f"dynamics/{name}": value for name, value in dynamics_logs.items()}
@@ -119,7 +119,7 @@ class Genie(nn.Module):
             self.config.sampling,
             state.dynamics,
             action_BL,
-            self.tokenizer.num_patches,
+            (self.tokenizer.grid.rows, self.tokenizer.grid.columns),
             self.tokenizer.quantizer.codebook_VL,
             chances,
         )

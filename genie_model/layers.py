@@ -185,7 +185,9 @@ class STTransformer(nn.Module):
             elif i % 2 == 0:
                 sublayers.append(SpatialAttention(config))
             else:
-                sublayers += [TemporalAttention(config, window), FeedForward(config)]
+                if (i // 2 + 1) % config.temporal_every == 0:
+                    sublayers.append(TemporalAttention(config, window))
+                sublayers.append(FeedForward(config))
         self.sublayers = nn.ModuleList(sublayers)
         self.norm = nn.LayerNorm(config.d_model)
         self._init_weights()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -18,15 +19,18 @@ def sample_frame(
     config: SamplingConfig,
     cache: TemporalCache,
     action_BL: Tensor,
-    num_patches: int,
+    grid: tuple[int, int],
     codebook_VL: Tensor,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
     """The next frame's codes (B, 1, N, C), given the past in `cache` and the action's latent; the cache is not changed.
 
+    `grid` is the patches' rows and columns, N in all.
+
     Every step samples all unknown tokens, keeps those it is surest of and masks the rest again; the share that stays
     masked falls as a cosine. Confidence carries Gumbel noise that anneals to zero, else the surest, dullest tokens come
-    first every time.
+    first every time. Two other orders do without confidence: a random one, and the Halton sequence's (Besnier et al.,
+    2025), in which the tokens of a step lie far apart, so that each tells the others most.
 
     With `choice` "mean" nothing is drawn: unsure whether a wall moved by one pixel or by two, it takes the code between
     them, of all codes the one with the least expected squared distance to the true one. A draw flickers, and the
@@ -36,32 +40,59 @@ def sample_frame(
     not hang on what is batched beside it. Shapes are fixed and the choice is by rank, so one compiled graph serves
     every step.
     """
-    shape = (action_BL.shape[0], 1, num_patches, dynamics.codes_per_patch)
+    shape = (action_BL.shape[0], 1, math.prod(grid), dynamics.codes_per_patch)
     device = action_BL.device
     tokens = math.prod(shape[1:])
     length_V = codebook_VL.square().sum(-1)
+    last = config.temperature if config.last_temperature is None else config.last_temperature
     codes = torch.full(shape, dynamics.mask_token, device=device)
     for step in range(config.maskgit_steps):
         progress = (step + 1) / config.maskgit_steps
+        temperature = config.temperature + (last - config.temperature) * step / max(config.maskgit_steps - 1, 1)
         logits = dynamics.logits(dynamics.hidden(codes, action_BL[:, None], codebook_VL, cache), codebook_VL).float()
-        log_probs = (logits / max(config.temperature, 1e-4)).log_softmax(-1)
+        log_probs = (logits / max(temperature, 1e-4)).log_softmax(-1)
         unknown = codes == dynamics.mask_token
         if config.choice == "mean":
             mean = log_probs.exp() @ codebook_VL
             closeness, sampled = (2 * mean @ codebook_VL.T - length_V).max(-1)
             confidence = closeness - log_probs.exp() @ length_V
         else:
-            noise = _gumbel(logits.shape, generators, device) if config.temperature > 0 else 0.0
+            noise = _gumbel(logits.shape, generators, device) if temperature > 0 else 0.0
             sampled = (log_probs + noise).argmax(-1)
             confidence = log_probs.gather(-1, sampled[..., None]).squeeze(-1)
         sampled = torch.where(unknown, sampled, codes)
-        if config.order_noise > 0:
+        if config.order == "random":
+            confidence = _gumbel(shape, generators, device)
+        elif config.order == "halton":
+            confidence = -_halton_rank(*grid).to(device)[:, None].expand(shape)
+        elif config.order_noise > 0:
             confidence = confidence + config.order_noise * (1 - progress) * _gumbel(shape, generators, device)
         confidence = torch.where(unknown, confidence, torch.inf)
         masked_next = min(int(tokens * math.cos(progress * math.pi / 2)), tokens - step - 1)
         rank = confidence.flatten(1).argsort(-1).argsort(-1).view(shape)
         codes = torch.where(rank < max(masked_next, 0), dynamics.mask_token, sampled)
     return codes
+
+
+@functools.cache
+def _halton_rank(rows: int, columns: int) -> Tensor:
+    """When each cell of the grid is first visited by the Halton sequence in bases 2 and 3: (rows * columns) float32."""
+    seen: dict[int, None] = {}
+    n = 0
+    while len(seen) < rows * columns:
+        n += 1
+        seen.setdefault(int(_radical_inverse(n, 2) * rows) * columns + int(_radical_inverse(n, 3) * columns))
+    return torch.tensor(list(seen)).argsort().float()
+
+
+def _radical_inverse(n: int, base: int) -> float:
+    """The digits of n mirrored at the point."""
+    value, place = 0.0, 1.0
+    while n:
+        n, digit = divmod(n, base)
+        place /= base
+        value += digit * place
+    return value
 
 
 def _gumbel(shape: tuple[int, ...], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:

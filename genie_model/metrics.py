@@ -98,11 +98,15 @@ def psnr(truth: ArrayLike, prediction: ArrayLike) -> Floats:
 
 def ssim(truth: ArrayLike, prediction: ArrayLike) -> Floats:
     """Structural similarity (Wang et al., 2004) of frames (..., H, W, C), uint8 or in [0, 1]: 1 where equal."""
-    a, b = (torch.from_numpy(_unit(x)) for x in (truth, prediction))
-    a_NCHW, b_NCHW = (x.flatten(0, -4).movedim(-1, 1) for x in (a, b))
-    values = structural_similarity_index_measure(a_NCHW, b_NCHW, reduction="none", data_range=1.0)
-    assert isinstance(values, torch.Tensor)
-    return np.asarray(values, np.float64).reshape(a.shape[:-3])
+    truth, prediction = np.asarray(truth), np.asarray(prediction)
+    a_NHWC, b_NHWC = (x.reshape(-1, *x.shape[-3:]) for x in (truth, prediction))
+    values = []
+    for i in range(0, len(a_NHWC), 64):  # a few at a time: it makes five pictures of each
+        a, b = (torch.from_numpy(_unit(x[i : i + 64])).movedim(-1, 1) for x in (a_NHWC, b_NHWC))
+        similarity = structural_similarity_index_measure(a, b, reduction="none", data_range=1.0)
+        assert isinstance(similarity, torch.Tensor)
+        values.append(np.asarray(similarity, np.float64))
+    return np.concatenate(values).reshape(truth.shape[:-3])
 
 
 def pooled_psnr(errors_N: ArrayLike, levels_N: ArrayLike) -> Estimate:
@@ -155,7 +159,8 @@ def screen_motion(before: ArrayLike, after: ArrayLike, reach: int = 8) -> Floats
         at_N = np.clip(place_N, 1, 2 * reach - 1)
         low_N, mid_N, high_N = (line_NS[n, at_N + d] for d in (-1, 0, 1))
         bend_N = np.maximum(low_N - 2 * mid_N + high_N, 1e-9)
-        return place_N - reach + np.where(inner_N, np.clip((low_N - high_N) / (2 * bend_N), -0.5, 0.5), 0)
+        between_N = np.where(inner_N, np.clip((low_N - high_N) / (2 * bend_N), -0.5, 0.5), 0)
+        return np.asarray(place_N - reach + between_N, np.float64)
 
     moved_N2 = np.stack([refined(y_N, errors_NSS[n, :, x_N]), refined(x_N, errors_NSS[n, y_N])], 1)
     still_N = (y_N == reach) & (x_N == reach) & (errors_NSS[:, reach, reach] <= 0)

@@ -23,14 +23,15 @@ class Quantized(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Nearest code; gradients pass straight through.
 
-    Codes do not learn by gradient. They follow their latents in one of two ways (`learn`), and a code left with too few
-    of them restarts at a latent that its own code serves badly (drawn by squared distance, as k-means++ does: restarts
-    at plain random latents land where codes already are).
+    Codes follow their latents in one of three ways (`learn`). In the first two, a code left with too few of them
+    restarts at a latent that its own code serves badly (drawn by squared distance, as k-means++ does: restarts at plain
+    random latents land where codes already are).
 
     - "kmeans": a memory of recent latents takes one Lloyd iteration a step. A latent is always judged by today's codes,
       so codes keep up while the encoder still moves fast. For few codes: all latents they rest on must fit the memory.
     - "ema": moving averages of the latents that each code served (van den Oord et al., 2017, App. A.1). They rest on
       many more latents, at no cost, and so generalise better where codes are many and the encoder changes slowly.
+    - "gradient": the codebook loss of van den Oord et al. pulls codes to the latents they serve. Nothing restarts.
 
     With `normalised`, latents have unit variance: codes live on a sphere of radius sqrt(L) and nothing can shrink. Else
     distances between codes are those of the latents themselves.
@@ -48,10 +49,14 @@ class VectorQuantizer(nn.Module):
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("codebook_VL", self._normalise(torch.randn(config.num_codes, config.latent_dim)))
+        codebook_VL = self._normalise(torch.randn(config.num_codes, config.latent_dim))
+        if config.learn == "gradient":
+            self.codebook_VL = nn.Parameter(codebook_VL)
+        else:
+            self.register_buffer("codebook_VL", codebook_VL)
         if config.learn == "kmeans":
             self.register_buffer("memory_ML", self._normalise(torch.randn(config.memory, config.latent_dim)))
-        else:
+        elif config.learn == "ema":
             self.register_buffer("count_V1", torch.zeros(config.num_codes, 1))
             self.register_buffer("sum_VL", torch.zeros(config.num_codes, config.latent_dim))
         self.register_buffer("steps", torch.zeros(()))
@@ -69,6 +74,7 @@ class VectorQuantizer(nn.Module):
         flat_XL = self._normalise(latents.float().flatten(0, -2))
         quantized_share = torch.ones(())
         if self.training:
+            self.steps += 1
             if self.config.learn == "kmeans":
                 self._recluster(flat_XL.detach())
             quantized_share = ((self.steps - self.config.continuous_steps) / 100).clamp(0, 1)
@@ -76,7 +82,9 @@ class VectorQuantizer(nn.Module):
         chosen_XL = self.embed(codes_X)
         if self.training and self.config.learn == "ema":
             self._follow(flat_XL.detach(), codes_X, chosen_XL)
-        loss = self.config.commitment * quantized_share * F.mse_loss(flat_XL, chosen_XL)
+        loss = self.config.commitment * quantized_share * F.mse_loss(flat_XL, chosen_XL.detach())
+        if self.config.learn == "gradient":
+            loss = loss + F.mse_loss(chosen_XL, flat_XL.detach())
         straight_through = flat_XL + quantized_share * (chosen_XL - flat_XL).detach()
         share_V = self._per_code(codes_X, torch.ones_like(flat_XL[:, :1])).squeeze(-1) / len(codes_X)
         logs = {
@@ -90,7 +98,8 @@ class VectorQuantizer(nn.Module):
 
     def _nearest(self, x_XL: Tensor) -> Tensor:
         """The nearest code of each row, a few rows at a time: the distances to all codes stay in the CPU's cache."""
-        bias_V, twice_LV = -self.codebook_VL.square().sum(-1), 2 * self.codebook_VL.T
+        codebook_VL = self.codebook_VL.detach()
+        bias_V, twice_LV = -codebook_VL.square().sum(-1), 2 * codebook_VL.T
         starts = range(0, len(x_XL), _ROWS)
         # max is three times as fast as argmax here
         return torch.cat([torch.addmm(bias_V, x_XL[i : i + _ROWS], twice_LV).max(-1).indices for i in starts])
@@ -105,7 +114,6 @@ class VectorQuantizer(nn.Module):
 
         At most a 64th of the memory: it must outlast the batch, or codes that this batch happens not to need are lost.
         """
-        self.steps += 1
         M = self.config.memory
         fresh = max(M // 64, 1)
         if flat_XL.shape[0] > fresh:
@@ -121,7 +129,6 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _follow(self, flat_XL: Tensor, codes_X: Tensor, chosen_XL: Tensor) -> None:
         """Counts and sums take in the batch, after it was quantized; the averages start short and lengthen."""
-        self.steps += 1
         fresh = 1 - self.config.ema_decay * (self.steps - 1) / (self.steps + 9)
         self.count_V1.lerp_(self._per_code(codes_X, torch.ones_like(flat_XL[:, :1])), fresh)
         self.sum_VL.lerp_(self._per_code(codes_X, flat_XL), fresh)

@@ -7,7 +7,7 @@ from variants import VARIANTS
 
 from genie_model.genie import Genie
 from genie_model.layers import TemporalCache
-from genie_model.maskgit import sample_frame
+from genie_model.maskgit import _halton_rank, sample_frame
 from genie_model.presets import get_preset
 
 CONFIG = get_preset("tiny").with_overrides("sampling.maskgit_steps=3")
@@ -132,15 +132,16 @@ def sample(genie: Genie, frames: Tensor, seed: int = 0, **sampling: object) -> T
     state, config = genie.start(frames), CONFIG.sampling.model_copy(update=sampling)
     chances, codebook_VL = [torch.Generator().manual_seed(seed)], genie.tokenizer.quantizer.codebook_VL
     with torch.inference_mode():
-        return sample_frame(genie.dynamics, config, state.dynamics, torch.zeros(2, 32), 16, codebook_VL, chances)
+        return sample_frame(genie.dynamics, config, state.dynamics, torch.zeros(2, 32), (4, 4), codebook_VL, chances)
 
 
 @pytest.mark.parametrize("choice", ["draw", "mean"])
+@pytest.mark.parametrize("order", ["confidence", "random", "halton"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_the_sampler_fills_every_token_in_any_number_of_steps(
-    genie: Genie, frames: Tensor, steps: int, choice: str
+    genie: Genie, frames: Tensor, steps: int, order: str, choice: str
 ) -> None:
-    codes = sample(genie, frames, maskgit_steps=steps, choice=choice)
+    codes = sample(genie, frames, maskgit_steps=steps, choice=choice, order=order)
     assert codes.shape == (2, 1, 16, CONFIG.tokenizer.codes_per_patch)
     assert 0 <= int(codes.min()) <= int(codes.max()) < CONFIG.tokenizer.codebook.num_codes
 
@@ -173,6 +174,22 @@ def test_the_mean_s_code_errs_least_and_the_surest_come_first(frames: Tensor) ->
     for masked_NC, error_NC in zip(masked_BNC, error_BNCV.amin(-1), strict=True):
         assert masked_NC.any()
         assert error_NC[~masked_NC].max() <= error_NC[masked_NC].min() + 1e-4
+
+
+def test_halton_s_order_spreads_over_the_frame_and_is_the_same_each_time() -> None:
+    rank = _halton_rank(8, 8).view(8, 8)
+    assert sorted(rank.flatten().tolist()) == list(range(64))
+    first = torch.nonzero(rank < 6).float()
+    assert torch.cdist(first, first).fill_diagonal_(9).min() > 1  # no two of the first six share an edge
+    assert _halton_rank(3, 5).shape == (15,)
+
+
+def test_the_temperature_goes_from_the_first_to_the_last(genie: Genie, frames: Tensor) -> None:
+    cooling = {"temperature": 1.0, "last_temperature": 0.0, "order": "halton", "maskgit_steps": 8}
+    hot, cold = ({"order": "halton", "maskgit_steps": 1, "temperature": t} for t in (1.0, 0.0))
+    assert not torch.equal(sample(genie, frames, 0, **cooling), sample(genie, frames, 1, **cooling))
+    assert torch.equal(*(sample(genie, frames, seed, **cold, last_temperature=5.0) for seed in (0, 1)))
+    assert not torch.equal(*(sample(genie, frames, seed, **hot, last_temperature=0.0) for seed in (0, 1)))
 
 
 def test_temperature_zero_takes_the_likeliest_code_either_way(genie: Genie, frames: Tensor) -> None:

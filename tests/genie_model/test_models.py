@@ -76,7 +76,7 @@ def test_the_action_sees_the_next_frame_and_no_later_one(genie: Genie, clips: Te
 
 def test_the_lam_decoder_sees_the_next_frame_through_the_action_alone(genie: Genie, clips: Tensor) -> None:
     genie.eval()
-    genie.lam.quantizer.codebook_VL[:] = genie.lam.quantizer.codebook_VL[:1]  # one code: it can say nothing
+    genie.lam.quantizer.codebook_VL.data[:] = genie.lam.quantizer.codebook_VL.data[:1]  # one code: it can say nothing
     changed = clips.clone()
     changed[:, 3:] = 1 - changed[:, 3:]
     before, after = (genie.lam.predict(genie.lam_input(x))[:, :3] for x in (clips, changed))

@@ -11,6 +11,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "tokenizer.codebook.normalised=false",
         "tokenizer.codebook.learn=ema",
     ),
+    "gradient codebooks": ("tokenizer.codebook.learn=gradient", "lam.codebook.learn=gradient"),
+    "actions as tokens": ("dynamics.action=token", "dynamics.corrupt_tokens=0.2"),
+    "time in every second block": (
+        *(f"{part}.num_layers=4" for part in ("tokenizer.encoder", "tokenizer.decoder", "dynamics.transformer")),
+        *(f"{part}.temporal_every=2" for part in ("tokenizer.encoder", "tokenizer.decoder", "dynamics.transformer")),
+    ),
     "vit": ("tokenizer.architecture=vit",),
     "c_vivit": ("tokenizer.architecture=c_vivit",),
     "wide frames": ("data.frame_height=36", "data.frame_width=70"),
