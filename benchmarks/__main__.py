@@ -144,8 +144,8 @@ def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]
         sampling = config.sampling.model_copy(update={"maskgit_steps": steps})
         genie.config = config.model_copy(update={"sampling": sampling})
         genie.to(native.device()).eval()
-        prompt = torch.randint(0, 256, (1, clip, *config.frame_shape), dtype=torch.uint8, device=native.device())
-        state, action = genie.start(prompt), torch.zeros(1, dtype=torch.long, device=native.device())
+        prompt = torch.randint(0, 256, (1, clip, *config.frame_shape), dtype=torch.uint8)
+        state, action = genie.start(prompt), torch.zeros(1, dtype=torch.long)
         return measure(name, what, lambda: genie.step(state, action), 1, genie.tokenizer.num_patches)
 
     tokenizer, world = config.train_tokenizer, config.train_world

@@ -11,6 +11,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from genie_model import files
+from genie_model.backend import native
 from genie_model.config import Config
 from genie_model.genie import Genie
 from genie_model.optim import Optimizers
@@ -34,10 +35,10 @@ def is_model(uri: str) -> bool:
 
 
 def load_model(uri: str) -> Genie:
-    """The model in evaluation mode. Raises ValueError that says what is missing or broken."""
+    """The model in evaluation mode, on the accelerator if there is one. Raises ValueError: what is missing."""
     genie = _untrained(uri)
     load_weights(genie, f"{uri}/{WEIGHTS}")
-    return genie.eval()
+    return genie.to(native.device()).eval()
 
 
 def load_tokenizer(uri: str) -> VideoTokenizer:

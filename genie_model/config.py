@@ -131,6 +131,7 @@ class SamplingConfig(ConfigNode):
     """How a frame is dreamt (section 2.2): 25 steps; section 3 says temperature 2, Table 17 says 1.0."""
 
     maskgit_steps: int = Field(25, ge=1)
+    precision: Literal["bf16", "fp32"] = Field("fp32", description="of play's matmuls; training has its own")
     choice: Literal["draw", "mean"] = Field(
         "draw", description="of a token: drawn at random, or the code nearest to the mean of the codes' vectors"
     )

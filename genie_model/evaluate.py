@@ -89,11 +89,20 @@ def measure(config: Config, genie: Genie, held_out: HeldOut) -> Evaluation:
     drawn: dict[str, Frames] = {}
     _measure_tokenizer(config, genie, frames_BTHWC, levels_B, found, drawn)
     _measure_rollouts(config, genie, frames_BTHWC, levels_B, found, curves, drawn)
+    _measure_held_actions(config, genie, frames_BTHWC, levels_B, found)
     _measure_latent_actions(config, genie, held_out, found, drawn)
     found["lam_mse_over_copy"] = _lam_mse_over_copy(genie, frames_BTHWC, levels_B)
-    _measure_held_actions(config, genie, frames_BTHWC, levels_B, found)
     drawn["action_grid"] = _action_grid(config, genie, frames_BTHWC)
     return Evaluation(metrics.flatten(found), curves, drawn)
+
+
+def measure_play(config: Config, genie: Genie, held_out: HeldOut) -> dict[str, float]:
+    """Those metrics alone that `config.sampling` changes, as `measure` has them."""
+    frames_BTHWC, levels_B = held_out.clips(config.data.clip_length, config.evaluation.clips, config.seed)
+    found: Findings = {}
+    _measure_rollouts(config, genie, frames_BTHWC, levels_B, found, {}, {})
+    _measure_held_actions(config, genie, frames_BTHWC, levels_B, found)
+    return metrics.flatten(found)
 
 
 def measured_on(config: Config, data_uri: str) -> str:

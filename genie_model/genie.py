@@ -42,7 +42,10 @@ class PlayState:
 
 
 class Genie(nn.Module):
-    """The whole model. Training uses `forward`, play uses `start` and `step`; frames outside are uint8."""
+    """The whole model. Training uses `forward`, play uses `start` and `step`.
+
+    Outside, frames are uint8 on the CPU; what play keeps lies where the model is.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class Genie(nn.Module):
         logs |= {f"dynamics/{name}": value for name, value in dynamics_logs.items()}
         return lam_loss + dynamics_loss, logs
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def start(self, frames_BTHWC: Tensor, seed: int | Sequence[int] = 0) -> PlayState:
         """Enters the world of a prompt: T >= 1 uint8 frames. The actions between several are inferred by the LAM.
 
@@ -89,17 +92,16 @@ class Genie(nn.Module):
         seeds = (seed,) if isinstance(seed, int) else tuple(seed)
         if len(seeds) not in (1, len(frames_BTHWC)):
             raise ValueError(f"{len(seeds)} seeds for {len(frames_BTHWC)} worlds: give one, or one for each")
-        codes_BTNC = self.tokenizer.encode(_to_unit(frames_BTHWC))
-        actions_BTL = torch.zeros(
-            *frames_BTHWC.shape[:2], self.config.lam.codebook.latent_dim, device=codes_BTNC.device
-        )
+        frames_BTHWC = frames_BTHWC.to(self.device)
+        actions_BTL = torch.zeros(*frames_BTHWC.shape[:2], self.config.lam.codebook.latent_dim, device=self.device)
         if frames_BTHWC.shape[1] > 1:
-            actions_BTL[:, 1:] = self.lam.quantizer.embed(self.infer_actions(frames_BTHWC))
+            actions_BTL[:, 1:] = self.lam.quantizer.embed(self.infer_actions(frames_BTHWC).to(self.device))
         state = PlayState(seeds, 0, frames_BTHWC[:, -1], TemporalCache(), TemporalCache())
-        self._commit(state, codes_BTNC, actions_BTL)
+        with self._play_precision():
+            self._commit(state, self.tokenizer.encode(_to_unit(frames_BTHWC)), actions_BTL)
         return state
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, state: PlayState, action_B: Tensor) -> Tensor:
         """Takes int64 actions in [0, |A|); returns, and makes the state's, the next uint8 frames (B, H, W, 3).
 
@@ -108,23 +110,32 @@ class Genie(nn.Module):
         """
         if not 0 <= int(action_B.min()) <= int(action_B.max()) < self.config.num_actions:
             raise ValueError(f"actions must be in 0..{self.config.num_actions - 1}, got {action_B.tolist()}")
-        return self.advance(state, action_B)
+        return self.advance(state, action_B.to(self.device)).cpu()
 
     def advance(self, state: PlayState, action_B: Tensor) -> Tensor:
-        """`step` without a look at the actions' values, which are then on the device still."""
+        """`step` without a look at the actions' values: they, and the frames, are on the device."""
         action_BL = self.lam.quantizer.embed(action_B)
         chances = [torch.Generator().manual_seed((seed * 1_000_003 + state.t) % 2**63) for seed in state.seeds]
-        codes_B1NC = sample_frame(
-            self.dynamics,
-            self.config.sampling,
-            state.dynamics,
-            action_BL,
-            (self.tokenizer.grid.rows, self.tokenizer.grid.columns),
-            self.tokenizer.quantizer.codebook_VL,
-            chances,
-        )
-        self._commit(state, codes_B1NC, action_BL[:, None])
+        with self._play_precision():
+            codes_B1NC = sample_frame(
+                self.dynamics,
+                self.config.sampling,
+                state.dynamics,
+                action_BL,
+                (self.tokenizer.grid.rows, self.tokenizer.grid.columns),
+                self.tokenizer.quantizer.codebook_VL,
+                chances,
+            )
+            self._commit(state, codes_B1NC, action_BL[:, None])
         return state.frame_BHWC
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokenizer.quantizer.codebook_VL.device
+
+    def _play_precision(self) -> torch.autocast:
+        """One context for all of a frame: weights are cast once, not in each of its steps."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.sampling.precision == "bf16")
 
     def _commit(self, state: PlayState, codes_BTNC: Tensor, actions_BTL: Tensor) -> None:
         """Frames become past: their keys and values are computed from their final tokens, once."""
@@ -136,17 +147,17 @@ class Genie(nn.Module):
     @torch.inference_mode()
     def infer_actions(self, frames_BTHWC: Tensor) -> Tensor:
         """uint8 clips -> the latent actions between their frames, int64 (B, T-1)."""
-        return self.lam.infer(self.lam_input(_to_unit(frames_BTHWC))).codes_BT
+        return self.lam.infer(self.lam_input(_to_unit(frames_BTHWC.to(self.device)))).codes_BT.cpu()
 
     @torch.inference_mode()
     def lam_reconstruct(self, frames_BTHWC: Tensor) -> Tensor:
         """uint8 clips -> frames 2..T as the LAM's decoder rebuilds them, in [0, 1]."""
-        predicted = self.lam.predict(self.lam_input(_to_unit(frames_BTHWC)))
+        predicted = self.lam.predict(self.lam_input(_to_unit(frames_BTHWC.to(self.device))))
         if self.config.lam.inputs == "pixels":
-            return predicted
+            return predicted.cpu()
         tokenizer = self.config.tokenizer
         latents_BTNCL = predicted.view(*predicted.shape[:-1], tokenizer.codes_per_patch, tokenizer.codebook.latent_dim)
-        return self.tokenizer.decode(self.tokenizer.quantizer(latents_BTNCL).codes)
+        return self.tokenizer.decode(self.tokenizer.quantizer(latents_BTNCL).codes).cpu()
 
     def lam_input(self, x_BTHWC: Tensor, codes_BTNC: Tensor | None = None) -> Tensor:
         """Clips in [0, 1] as the LAM takes them; their codes, if known, are not computed again."""
@@ -158,12 +169,12 @@ class Genie(nn.Module):
     @torch.inference_mode()
     def tokenize(self, frames_BTHWC: Tensor) -> Tensor:
         """uint8 clips -> codes (B, T, N * C)."""
-        return self.tokenizer.encode(_to_unit(frames_BTHWC)).flatten(2)
+        return self.tokenizer.encode(_to_unit(frames_BTHWC.to(self.device))).flatten(2).cpu()
 
     @torch.inference_mode()
     def reconstruct(self, frames_BTHWC: Tensor) -> Tensor:
         """uint8 clips through the tokenizer and back."""
-        return _to_uint8(self.tokenizer.decode(self.tokenizer.encode(_to_unit(frames_BTHWC))))
+        return _to_uint8(self.tokenizer.decode(self.tokenizer.encode(_to_unit(frames_BTHWC.to(self.device))))).cpu()
 
 
 def _to_unit(frames: Tensor) -> Tensor:

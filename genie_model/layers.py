@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from genie_model.config import TransformerConfig
 
 AttentionKind = Literal["factorized", "spatial", "full"]
+Pieces = list[tuple[Tensor, Tensor]]  # keys and values, the older ones first
 
 
 class TemporalCache:
@@ -77,13 +78,24 @@ class Attention(nn.Module):
             qk = F.layer_norm(qk, (self.head_dim,)) * self.qk_scale.to(qk.dtype)
         return qk, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """(..., queries, K) x (..., keys, K) -> (..., queries, K); `bias` is 0 where allowed and -inf elsewhere."""
-        scores = (q * self.head_dim**-0.5) @ k.transpose(-1, -2)
+    def attend(self, q: Tensor, pieces: Pieces, bias: Tensor | None) -> Tensor:
+        """(..., queries, K) x (..., keys, K) -> (..., queries, K); `bias` is 0 where allowed and -inf elsewhere.
+
+        Keys and values may come in pieces, which are never joined: the past is not copied to look at it.
+        """
+        q = q * self.head_dim**-0.5
+        if q.shape[-2] == 1:  # bfloat16 matmuls would copy a transposed k
+            scores = [(k @ q.transpose(-1, -2)).transpose(-1, -2) for k, _ in pieces]
+        else:
+            scores = [q @ k.transpose(-1, -2) for k, _ in pieces]
+        joined = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
         if bias is not None:
-            scores = scores + bias.to(scores.dtype)
-        weights: Tensor = scores.softmax(-1).to(v.dtype)
-        return weights @ v
+            joined = joined + bias.to(joined.dtype)
+        weights = torch.split(joined.softmax(-1).to(q.dtype), [k.shape[-2] for k, _ in pieces], -1)
+        out: Tensor = weights[0] @ pieces[0][1]
+        for weight, (_, v) in zip(weights[1:], pieces[1:], strict=True):
+            out = out + weight @ v
+        return out
 
 
 class SpatialAttention(Attention):
@@ -92,7 +104,7 @@ class SpatialAttention(Attention):
     def forward(self, x_BTND: Tensor) -> Tensor:
         qk, v = self.queries_keys_values(x_BTND)
         q, k = rearrange(qk, "b t n two h k -> two (b t) h n k")
-        o = self.attend(q, k, rearrange(v, "b t n h k -> (b t) h n k"), bias=None)
+        o = self.attend(q, [(k, rearrange(v, "b t n h k -> (b t) h n k"))], bias=None)
         merged: Tensor = self.out(rearrange(o, "(b t) h n k -> b t n (h k)", b=x_BTND.shape[0]))
         return merged
 
@@ -104,31 +116,30 @@ class TemporalAttention(Attention):
         super().__init__(config)
         self.window = window
 
-    def forward(self, x_BTND: Tensor, cache: TemporalCache | None, layer: int, commit: bool) -> Tensor:
+    def forward(
+        self, x_BTND: Tensor, rotary: tuple[Tensor, Tensor], cache: TemporalCache | None, layer: int, commit: bool
+    ) -> Tensor:
         T = x_BTND.shape[1]
-        start = cache.position if cache else 0
         qk, v = self.queries_keys_values(x_BTND)
-        q, k = self._rotate(rearrange(qk, "b t n two h k -> two b n h t k"), start)
+        q, k = self._rotate(rearrange(qk, "b t n two h k -> two b n h t k"), *rotary)
         v = rearrange(v, "b t n h k -> b n h t k")
-        past = 0
-        if cache is not None:
-            if layer in cache.layers:
-                past_k, past_v = cache.layers[layer]
-                past = past_k.shape[-2]
-                k, v = torch.cat([past_k, k], -2), torch.cat([past_v, v], -2)
-            if commit:
-                kept = self.window - 1
-                cache.layers[layer] = (k[..., max(past + T - kept, 0) :, :], v[..., max(past + T - kept, 0) :, :])
-        o_BNHTK = self.attend_in_time(q, k, v, self._bias(T, past, x_BTND.device))
+        pieces, past = [(k, v)], 0
+        if cache is not None and layer in cache.layers:
+            pieces.insert(0, cache.layers[layer])
+            past = pieces[0][0].shape[-2]
+        o_BNHTK = self.attend_in_time(q, pieces, self._bias(T, past, x_BTND.device))
+        if cache is not None and commit:
+            first = max(past + T - (self.window - 1), 0)
+            k, v = (torch.cat(parts, -2)[..., first:, :].contiguous() for parts in zip(*pieces, strict=True))
+            cache.layers[layer] = (k, v)
         merged: Tensor = self.out(rearrange(o_BNHTK, "b n h t k -> b t n (h k)"))
         return merged
 
-    def attend_in_time(self, q_BNHTK: Tensor, k_BNHSK: Tensor, v_BNHSK: Tensor, bias_TS: Tensor | None) -> Tensor:
-        return self.attend(q_BNHTK, k_BNHSK, v_BNHSK, bias_TS)
+    def attend_in_time(self, q_BNHTK: Tensor, pieces: Pieces, bias_TS: Tensor | None) -> Tensor:
+        return self.attend(q_BNHTK, pieces, bias_TS)
 
-    def _rotate(self, x_2BNHTK: Tensor, start: int) -> Tensor:
-        positions = torch.arange(start, start + x_2BNHTK.shape[-2], device=x_2BNHTK.device)
-        cos, sin = (a.to(x_2BNHTK.dtype) for a in rotary_angles(positions, self.head_dim))
+    def _rotate(self, x_2BNHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.to(x_2BNHTK.dtype), sin.to(x_2BNHTK.dtype)
         a, b = x_2BNHTK.chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -143,11 +154,12 @@ class TemporalAttention(Attention):
 class SpaceTimeAttention(TemporalAttention):
     """Every patch attends to all patches of its own and earlier frames, as in C-ViViT (Villegas et al., 2023)."""
 
-    def attend_in_time(self, q_BNHTK: Tensor, k_BNHSK: Tensor, v_BNHSK: Tensor, bias_TS: Tensor | None) -> Tensor:
-        N = q_BNHTK.shape[1]
-        q, k, v = (rearrange(x, "b n h t k -> b h (t n) k") for x in (q_BNHTK, k_BNHSK, v_BNHSK))
+    def attend_in_time(self, q_BNHTK: Tensor, pieces: Pieces, bias_TS: Tensor | None) -> Tensor:
+        N, together = q_BNHTK.shape[1], "b n h t k -> b h (t n) k"
         bias = None if bias_TS is None else bias_TS.repeat_interleave(N, 0).repeat_interleave(N, 1)
-        return rearrange(self.attend(q, k, v, bias), "b h (t n) k -> b n h t k", n=N)
+        joined = [(rearrange(k, together), rearrange(v, together)) for k, v in pieces]
+        o = self.attend(rearrange(q_BNHTK, together), joined, bias)
+        return rearrange(o, "b h (t n) k -> b n h t k", n=N)
 
 
 class FeedForward(nn.Module):
@@ -204,9 +216,12 @@ class STTransformer(nn.Module):
 
     def forward(self, x_BTND: Tensor, cache: TemporalCache | None = None, commit: bool = False) -> Tensor:
         """With a cache, x holds only the frames that follow its past; `commit` adds them to it."""
+        start = cache.position if cache else 0
+        positions_T = torch.arange(start, start + x_BTND.shape[1], device=x_BTND.device)
+        rotary = rotary_angles(positions_T, self.config.head_dim)
         for i, sublayer in enumerate(self.sublayers):
             if isinstance(sublayer, TemporalAttention):
-                x_BTND = x_BTND + sublayer(x_BTND, cache, i, commit)
+                x_BTND = x_BTND + sublayer(x_BTND, rotary, cache, i, commit)
             else:
                 x_BTND = x_BTND + sublayer(x_BTND)
         if cache is not None and commit:

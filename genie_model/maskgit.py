@@ -53,9 +53,10 @@ def sample_frame(
         log_probs = (logits / max(temperature, 1e-4)).log_softmax(-1)
         unknown = codes == dynamics.mask_token
         if config.choice == "mean":
-            mean = log_probs.exp() @ codebook_VL
-            closeness, sampled = (2 * mean @ codebook_VL.T - length_V).max(-1)
-            confidence = closeness - log_probs.exp() @ length_V
+            with torch.autocast(device.type, enabled=False):  # near codes differ in bits that bfloat16 drops
+                mean = log_probs.exp() @ codebook_VL
+                closeness, sampled = (2 * mean @ codebook_VL.T - length_V).max(-1)
+                confidence = closeness - log_probs.exp() @ length_V
         else:
             noise = _gumbel(logits.shape, generators, device) if temperature > 0 else 0.0
             sampled = (log_probs + noise).argmax(-1)

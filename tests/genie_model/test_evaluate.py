@@ -12,7 +12,7 @@ from genie_model import evaluate as evaluation
 from genie_model.checkpoint import save_model
 from genie_model.data.coinrun import collect
 from genie_model.data.store import VideoStore
-from genie_model.evaluate import Episode, HeldOut, evaluate, measure
+from genie_model.evaluate import Episode, HeldOut, evaluate, measure, measure_play
 from genie_model.files import read
 from genie_model.genie import Genie
 from genie_model.presets import get_preset
@@ -29,6 +29,9 @@ WITH_INTERVAL = [
     "rollout_psnr_t1",
     "copy_psnr_t1",
     "rollout_over_copy_t1",
+    "held_motion_explained",
+    "held_motion_x_explained",
+    "held_motion_y_explained",
     "lam_mse_over_copy",
     "direction_balanced_accuracy",
     "direction_supervised_bound",
@@ -123,6 +126,7 @@ def test_a_world_that_heeds_its_actions_scores_high(held_out):
     found = measure(CONFIG, ScrollingWorld(held_out), held_out).metrics
     assert found["delta_psnr_t4"] - found["delta_psnr_t4_ci95"] > 1
     assert found["rollout_over_copy_t1"] > 1
+    assert found["held_motion_x_explained"] > 0.9
     assert found["direction_balanced_accuracy"] > 0.99
     assert found["displacement_x_explained"] > 0.99
     assert abs(found["displacement_y_explained"]) < 0.2
@@ -138,6 +142,7 @@ def test_a_world_that_ignores_its_actions_scores_as_a_copy(held_out):
     found = measure(CONFIG, ScrollingWorld(held_out, heeds_actions=False), held_out).metrics
     assert found["delta_psnr_t4"] == found["delta_psnr_t4_ci95"] == 0
     assert found["rollout_over_copy_t1"] == 0
+    assert found["held_motion_explained"] <= 0
     assert found["fvd_random3d"] == pytest.approx(found["fvd_random3d_copy"])
 
 
@@ -197,11 +202,14 @@ def test_a_real_genie_is_evaluated_logged_and_given_its_start_frames(real, capsy
         assert np.asarray(png).tobytes() in firsts
 
 
-def test_an_evaluation_is_repeatable(real):
+def test_an_evaluation_is_repeatable_and_its_part_on_play_agrees(real):
     model_uri, data_uri = real
     genie, held_out = evaluation.load_model(model_uri), HeldOut.open(f"{data_uri}/eval")
     first, second = (measure(CONFIG, genie, held_out).metrics for _ in range(2))
     assert first == second
+    play = measure_play(CONFIG, genie, held_out)
+    assert {"delta_psnr_t4", "fvd_random3d", "held_motion_explained"} <= set(play)
+    assert play == {name: first[name] for name in play}
 
 
 def test_frames_are_sampled_as_the_evaluation_s_config_says(real, tmp_path):

@@ -99,6 +99,25 @@ def test_play_continues_past_the_trained_clip_with_a_constant_past(genie: Genie,
     assert state.t == CONFIG.data.clip_length + 4
 
 
+def test_play_in_bfloat16_keeps_half_the_bytes_and_nearly_the_same_picture(frames: Tensor) -> None:
+    torch.manual_seed(0)
+    genie = Genie(CONFIG).eval()
+    states = {}
+    for precision in ("fp32", "bf16"):
+        genie.config = CONFIG.with_overrides(f"sampling.precision={precision}")
+        states[precision] = genie.start(frames)
+        frame = genie.step(states[precision].fork(), torch.tensor([0, 1]))
+        assert frame.dtype == torch.uint8
+    for part in ("dynamics", "decoder"):
+        exact, half = (getattr(states[precision], part).layers for precision in ("fp32", "bf16"))
+        for layer, kept in exact.items():
+            for full, rounded in zip(kept, half[layer], strict=True):
+                assert rounded.dtype == torch.bfloat16
+                assert (rounded - full).abs().mean() < 0.1 * full.abs().mean()  # some codes differ
+    difference = states["bf16"].frame_BHWC.float() - states["fp32"].frame_BHWC.float()
+    assert difference.abs().mean() < 2  # of 255
+
+
 def test_a_fork_leaves_the_world_alone(genie: Genie, frames: Tensor) -> None:
     state = genie.start(frames)
     genie.step(state.fork(), torch.tensor([3, 3]))
