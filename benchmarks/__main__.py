@@ -132,15 +132,22 @@ def training_step(module: torch.nn.Module, config: Config, stage: StageConfig) -
 
 def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]:
     """What is measured of a config, each line to be called in turn."""
-    torch.manual_seed(0)
-    genie, clip = Genie(config), config.data.clip_length
+    clip = config.data.clip_length
 
-    def train(what: str, module: torch.nn.Module, stage: StageConfig) -> Line:
-        genie.tokenizer.requires_grad_(module is genie.tokenizer)
+    @functools.cache
+    def model() -> Genie:
+        torch.manual_seed(0)
+        return Genie(config)
+
+    def train(what: str, stage: StageConfig, tokenizer_alone: bool) -> Line:
+        genie = model()
+        module = genie.tokenizer if tokenizer_alone else genie
+        genie.tokenizer.requires_grad_(tokenizer_alone)
         frames = stage.batch_size * clip
         return measure(name, what, training_step(module, config, stage), frames, TRAINING_ROWS)
 
     def play(what: str, steps: int) -> Line:
+        genie = model()
         sampling = config.sampling.model_copy(update={"maskgit_steps": steps})
         genie.config = config.model_copy(update={"sampling": sampling})
         genie.to(native.device()).eval()
@@ -150,9 +157,9 @@ def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]
 
     tokenizer, world = config.train_tokenizer, config.train_world
     what = f"tokenizer training step, {tokenizer.batch_size} x {clip} frames"
-    yield what, functools.partial(train, what, genie.tokenizer, tokenizer)
+    yield what, functools.partial(train, what, tokenizer, tokenizer_alone=True)
     what = f"LAM + dynamics training step, {world.batch_size} x {clip} frames"
-    yield what, functools.partial(train, what, genie, world)
+    yield what, functools.partial(train, what, world, tokenizer_alone=False)
     for steps in sorted({config.sampling.maskgit_steps, 8, 25}):
         what = f"played frame, {steps} MaskGIT steps, {clip - 1} frames of history"
         yield what, functools.partial(play, what, steps)
@@ -168,13 +175,10 @@ def first_frame_seconds(config: Config) -> float:
 
 def machine() -> dict[str, object]:
     cpuinfo = Path("/proc/cpuinfo")
-    cpu = (
-        next((line.partition(": ")[2] for line in cpuinfo.open() if line.startswith("model name")), "")
-        if (cpuinfo.exists())
-        else ""
-    )
+    rows = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((row.partition(": ")[2] for row in rows if row.startswith("model name")), platform.processor())
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu or platform.processor(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -49,8 +49,15 @@ class TransformerConfig(ConfigNode):
     num_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2, multiple_of=2, description="the tables' k/q size; not always d_model / num_heads")
     mlp_ratio: int = Field(4, ge=1)
-    temporal_every: int = Field(1, ge=1, description="only every so manieth ST block attends to time")
+    temporal_every: int = Field(1, ge=1, description="n: every n-th ST block attends to time")
     qk_norm: bool = Field(True, description="normalise queries and keys (section 3, Training Details)")
+
+    @model_validator(mode="after")
+    def _time_is_attended_to(self) -> Self:
+        if self.temporal_every > max(self.num_layers // 2, 1):
+            limit = f"num_layers={self.num_layers}: at most {max(self.num_layers // 2, 1)}"
+            raise ValueError(f"temporal_every={self.temporal_every} leaves no temporal attention in {limit}")
+        return self
 
 
 class CodebookConfig(ConfigNode):
@@ -68,7 +75,9 @@ class CodebookConfig(ConfigNode):
     ema_decay: float = Field(0.9, ge=0, lt=1, description="how much of a code stays when it moves to its latents' mean")
     memory: int = Field(8192, ge=1, description="kmeans: how many recent latents")
     min_share: float = Field(0.05, ge=0, lt=1, description="a code with less of its equal share of latents restarts")
-    continuous_steps: int = Field(0, ge=0, description="training steps before latents are quantized")
+    continuous_steps: int = Field(
+        0, ge=0, description="training steps before latents are quantized; over the next 100 they gradually are"
+    )
 
 
 class TokenizerConfig(ConfigNode):
@@ -142,7 +151,7 @@ class SamplingConfig(ConfigNode):
     order: Literal["confidence", "random", "halton"] = Field(
         "confidence", description="which tokens are kept first; halton: spread evenly over the frame"
     )
-    order_noise: float = Field(4.5, ge=0, description="Gumbel noise on the confidence; anneals to 0")
+    order_noise: float = Field(4.5, ge=0, description="Gumbel noise on order=confidence; anneals to 0")
 
 
 class OptimizerConfig(ConfigNode):
@@ -233,6 +242,13 @@ class Config(ConfigNode):
         if self.evaluation.prompt_frames + self.evaluation.horizon > self.data.clip_length:
             limit = f"data.clip_length={self.data.clip_length}"
             raise ValueError(f"evaluation.prompt_frames + evaluation.horizon must be at most {limit}")
+        if self.evaluation.i3d_uri and self.data.clip_length < 9:
+            raise ValueError(f"evaluation.i3d_uri: I3D needs 9 frames, and data.clip_length={self.data.clip_length}")
+        parts = (self.tokenizer.encoder, self.tokenizer.decoder)
+        if self.tokenizer.architecture != "st_vivit" and any(part.temporal_every > 1 for part in parts):
+            raise ValueError(
+                f"tokenizer.architecture={self.tokenizer.architecture} has no temporal_every: leave it at 1"
+            )
         moves = self.lam.predict == "motion" or self.lam.motion_rows + self.lam.motion_columns
         if self.lam.inputs == "tokens" and moves:
             wanted = "lam.predict=frame, lam.motion_rows=0 and lam.motion_columns=0"

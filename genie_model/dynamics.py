@@ -123,11 +123,15 @@ class DynamicsModel(nn.Module):
 
     def logits(self, hidden_BTND: Tensor, codebook_VL: Tensor) -> Tensor:
         """(..., D) -> (..., C, V)."""
-        logits = F.linear(hidden_BTND, self._logits_weight(codebook_VL), self.logits_out.bias)
-        return logits.view(*logits.shape[:-1], self.codes_per_patch, self.num_codes)
+        logits: Tensor = self.logits_out(hidden_BTND)
+        logits = logits.view(*logits.shape[:-1], self.codes_per_patch, self.num_codes)
+        if self.config.code_vectors:
+            vectors = self.vectors_out(hidden_BTND).view(*logits.shape[:-1], -1)
+            logits = logits + vectors @ codebook_VL.T
+        return logits
 
     def _logits_weight(self, codebook_VL: Tensor) -> Tensor:
-        """(C * V, D)."""
+        """(C * V, D): one matrix that does what `logits` does, for many positions at once."""
         if not self.config.code_vectors:
             return self.logits_out.weight
         vectors_CLD = self.vectors_out.weight.view(self.codes_per_patch, *codebook_VL.shape[1:], -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,12 +83,13 @@ def evaluate(config: Config, model_uri: str, data_uri: str, log: RunLog = NoLog(
 
 def measure(config: Config, genie: Genie, held_out: HeldOut) -> Evaluation:
     """All metrics and pictures of a Genie in memory. The same config, model and data give the same figures."""
+    features = _video_features(config)  # a wrong URI shows before the work, not after
     frames_BTHWC, levels_B = held_out.clips(config.data.clip_length, config.evaluation.clips, config.seed)
     found: Findings = {}
     curves: dict[str, list[float]] = {}
     drawn: dict[str, Frames] = {}
     _measure_tokenizer(config, genie, frames_BTHWC, levels_B, found, drawn)
-    _measure_rollouts(config, genie, frames_BTHWC, levels_B, found, curves, drawn)
+    _measure_rollouts(config, genie, frames_BTHWC, levels_B, features, found, curves, drawn)
     _measure_held_actions(config, genie, frames_BTHWC, levels_B, found)
     _measure_latent_actions(config, genie, held_out, found, drawn)
     found["lam_mse_over_copy"] = _lam_mse_over_copy(genie, frames_BTHWC, levels_B)
@@ -100,7 +101,7 @@ def measure_play(config: Config, genie: Genie, held_out: HeldOut) -> dict[str, f
     """Those metrics alone that `config.sampling` changes, as `measure` has them."""
     frames_BTHWC, levels_B = held_out.clips(config.data.clip_length, config.evaluation.clips, config.seed)
     found: Findings = {}
-    _measure_rollouts(config, genie, frames_BTHWC, levels_B, found, {}, {})
+    _measure_rollouts(config, genie, frames_BTHWC, levels_B, _video_features(config), found, {}, {})
     _measure_held_actions(config, genie, frames_BTHWC, levels_B, found)
     return metrics.flatten(found)
 
@@ -211,6 +212,7 @@ def _measure_rollouts(
     genie: Genie,
     frames_BTHWC: Frames,
     levels_B: NDArray[np.int64],
+    video_features: Sequence[VideoFeatures],
     found: Findings,
     curves: dict[str, list[float]],
     drawn: dict[str, Frames],
@@ -249,7 +251,7 @@ def _measure_rollouts(
 
     dreamt_BTHWC = np.concatenate([prompt_BTHWC, inferred_BTHWC], axis=1)
     frozen_BTHWC = np.concatenate([prompt_BTHWC, copy_BTHWC], axis=1)
-    for features in _video_features(config):
+    for features in video_features:
         fvd = f"fvd_{features.name}"
         found[fvd] = metrics.frechet_video_distance(frames_BTHWC, dreamt_BTHWC, features)
         found[f"{fvd}_copy"] = metrics.frechet_video_distance(frames_BTHWC, frozen_BTHWC, features)

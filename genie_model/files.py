@@ -29,10 +29,13 @@ def write_atomic(uri: str, data: bytes) -> None:
     except OSError as error:
         if os.path.lexists(temporary):
             os.remove(temporary)
-        if error.errno == errno.ENOSPC:
-            message = "the disk is full; free some space and run again, what was finished is kept"
-            raise OSError(errno.ENOSPC, message, path) from None
-        raise
+        raise _explained(error, path) from None
+
+
+def _explained(error: OSError, path: str) -> OSError:
+    if error.errno != errno.ENOSPC:
+        return error
+    return OSError(errno.ENOSPC, "the disk is full; free some space and run again, what was finished is kept", path)
 
 
 def read(uri: str) -> bytes:
@@ -75,7 +78,10 @@ def fetch(uri: str, sha256: str) -> Path | None:
         # In a folder of its own until it is checked: other ranks may download the same file.
         with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
             download = Path(folder, "download")
-            fs.get_file(path, str(download))
+            try:
+                fs.get_file(path, str(download))
+            except OSError as error:
+                raise _explained(error, str(cached.parent)) from None
             with download.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     return None

@@ -75,7 +75,7 @@ class LatentActionModel(nn.Module):
         loss = error
         if self.config.loss == "relative":  # a step aside counts as much as a fall; where nothing moves, nothing counts
             loss = (error_BT / (copy_error_BT + 1e-3)).mean()
-        logs |= {"mse": error, "mse_over_copy": error / (copy_error + 1e-6), "commitment": quantizer_loss}
+        logs |= {"mse": error, "mse_over_copy": error / (copy_error + 1e-6), "quantizer_loss": quantizer_loss}
         return loss + quantizer_loss, actions, {name: value.detach() for name, value in logs.items()}
 
     def infer(self, clips: Tensor) -> LatentActions:

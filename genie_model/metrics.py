@@ -135,10 +135,11 @@ def delta_psnr(truth: ArrayLike, inferred: ArrayLike, random: ArrayLike) -> Floa
 def screen_motion(before: ArrayLike, after: ArrayLike, reach: int = 8) -> Floats:
     """By how many pixels (down, right) what is on screen has moved: (N, 2), from frames (N, H, W, C).
 
-    The shift of up to `reach` that leaves the least squared error in the middle of the frame, and between whole pixels
-    the lowest point of a parabola through its neighbours. Where no shift is better than none, nothing has moved.
+    The shift of up to `reach` (and a quarter of the frame) that leaves the least squared error in the middle of the
+    frame, and between whole pixels the lowest point of a parabola through its neighbours. Equal frames have not moved.
     """
     a_NHWC, b_NHWC = _unit(before), _unit(after)
+    reach = min(reach, min(a_NHWC.shape[1:3]) // 4)
     middle = (slice(None), slice(reach, -reach), slice(reach, -reach))
     shifts = range(-reach, reach + 1)
     errors_NSS = np.stack(
@@ -263,10 +264,12 @@ def explained_variance(latents_N: ArrayLike, truth_N: ArrayLike, levels_N: Array
     squares_N3 = np.stack(
         [np.square(truth_NX - predicted_NX).sum(1), np.square(centred_NX).sum(1), np.ones(len(truth_NX))], -1
     )
-    return bootstrap(
-        _sum_by_level(np.concatenate([squares_N3, centred_NX], 1), levels_N),
-        lambda sums: 1 - sums[0] / max(sums[1] - np.square(sums[3:]).sum() / sums[2], 1e-12),
-    )
+
+    def explained(sums: Floats) -> float:
+        variance = sums[1] - np.square(sums[3:]).sum() / sums[2]
+        return float(1 - sums[0] / variance) if variance > 1e-12 else 0.0  # of nothing, nothing
+
+    return bootstrap(_sum_by_level(np.concatenate([squares_N3, centred_NX], 1), levels_N), explained)
 
 
 def latents_beside_truth(

@@ -16,7 +16,7 @@ _ROWS = 2048  # latents compared with the codebook at once
 class Quantized(NamedTuple):
     latents: Tensor  # (..., L), straight-through: values of the codes, gradients to the encoder
     codes: Tensor  # (...), int64
-    loss: Tensor  # the commitment loss, a scalar
+    loss: Tensor  # the commitment loss, and with `learn` by gradient the codebook loss: a scalar
     logs: dict[str, Tensor]  # `usage` (share of codes used) and `perplexity`, of this batch
 
 
@@ -36,8 +36,9 @@ class VectorQuantizer(nn.Module):
     With `normalised`, latents have unit variance: codes live on a sphere of radius sqrt(L) and nothing can shrink. Else
     distances between codes are those of the latents themselves.
 
-    For the first `continuous_steps` latents pass unquantized while the codes follow: with nothing to say yet, a
-    codebook of six collapses onto the most common latent and never lets the encoder find out more.
+    For the first `continuous_steps` latents pass unquantized while the codes follow, and over the next 100 they move to
+    their codes: with nothing to say yet, a codebook of six collapses onto the most common latent and never lets the
+    encoder find out more.
     """
 
     codebook_VL: Tensor

@@ -67,7 +67,7 @@ class VideoTokenizer(nn.Module):
         """The training loss of a batch of clips in [0, 1], and what to log."""
         quantized = self.quantizer(self._encode(x_BTHWC))
         error = F.mse_loss(self._decode(quantized.latents).float(), x_BTHWC.float())
-        logs = {"mse": error, "psnr": -10 * error.log10(), "commitment": quantized.loss}
+        logs = {"mse": error, "psnr": -10 * error.log10(), "quantizer_loss": quantized.loss}
         logs |= {f"code_{name}": value for name, value in quantized.logs.items()}
         return error + quantized.loss, {name: value.detach() for name, value in logs.items()}
 

@@ -1,12 +1,14 @@
 """What an evaluation says of a real Genie, and of worlds whose score is known beforehand."""
 
 import dataclasses
+import hashlib
 import io
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from genie_model import evaluate as evaluation
 from genie_model.checkpoint import save_model
@@ -127,6 +129,7 @@ def test_a_world_that_heeds_its_actions_scores_high(held_out):
     assert found["delta_psnr_t4"] - found["delta_psnr_t4_ci95"] > 1
     assert found["rollout_over_copy_t1"] > 1
     assert found["held_motion_x_explained"] > 0.9
+    assert abs(found["held_motion_y_explained"]) < 0.2
     assert found["direction_balanced_accuracy"] > 0.99
     assert found["displacement_x_explained"] > 0.99
     assert abs(found["displacement_y_explained"]) < 0.2
@@ -144,6 +147,27 @@ def test_a_world_that_ignores_its_actions_scores_as_a_copy(held_out):
     assert found["rollout_over_copy_t1"] == 0
     assert found["held_motion_explained"] <= 0
     assert found["fvd_random3d"] == pytest.approx(found["fvd_random3d_copy"])
+
+
+class MeanColour(nn.Module):
+    """Is called as an I3D is."""
+
+    def forward(self, x: Tensor, rescale: bool, resize: bool, return_features: bool) -> Tensor:
+        return x.mean((2, 3, 4))
+
+
+def test_with_an_i3d_of_the_user_s_its_distance_is_measured_too(held_out, tmp_path, monkeypatch):
+    monkeypatch.setenv("GENIE_CACHE_DIR", str(tmp_path / "cache"))
+    torch.jit.save(torch.jit.script(MeanColour()), str(tmp_path / "i3d.pt"))
+    sha256 = hashlib.sha256((tmp_path / "i3d.pt").read_bytes()).hexdigest()
+    named = [f"evaluation.i3d_uri={tmp_path}/i3d.pt", f'evaluation.i3d_sha256="{sha256}"', "evaluation.clips=2"]
+    found = measure(CONFIG.with_overrides("data.clip_length=16", *named), ScrollingWorld(held_out), held_out).metrics
+    assert found["fvd_i3d"] >= 0
+    assert found["fvd_i3d_copy"] >= 0
+    with pytest.raises(ValueError, match=r"I3D needs 9 frames, and data\.clip_length=8"):
+        CONFIG.with_overrides(*named)
+    with pytest.raises(ValueError, match="set both or neither"):
+        CONFIG.with_overrides("data.clip_length=16", named[0])
 
 
 def test_more_prompt_frames_leave_the_actions_in_step_with_the_frames(held_out):

@@ -204,11 +204,37 @@ def test_halton_s_order_spreads_over_the_frame_and_is_the_same_each_time() -> No
 
 
 def test_the_temperature_goes_from_the_first_to_the_last(genie: Genie, frames: Tensor) -> None:
-    cooling = {"temperature": 1.0, "last_temperature": 0.0, "order": "halton", "maskgit_steps": 8}
-    hot, cold = ({"order": "halton", "maskgit_steps": 1, "temperature": t} for t in (1.0, 0.0))
-    assert not torch.equal(sample(genie, frames, 0, **cooling), sample(genie, frames, 1, **cooling))
-    assert torch.equal(*(sample(genie, frames, seed, **cold, last_temperature=5.0) for seed in (0, 1)))
-    assert not torch.equal(*(sample(genie, frames, seed, **hot, last_temperature=0.0) for seed in (0, 1)))
+    """At 0 nothing is drawn, so that chance, the seed, tells whether a step was warm."""
+    base = {"choice": "draw", "order": "halton", "maskgit_steps": 2}
+
+    def chance(steps: int, first: float, last: float) -> bool:
+        settings = base | {"maskgit_steps": steps, "temperature": first, "last_temperature": last}
+        return not torch.equal(*(sample(genie, frames, seed, **settings) for seed in (0, 1)))
+
+    assert not chance(2, 0.0, 0.0)
+    assert chance(2, 0.0, 3.0)
+    assert chance(2, 3.0, 0.0)
+    assert not chance(1, 0.0, 3.0)  # one step is the first
+
+
+@pytest.mark.parametrize("order", ["random", "halton"])
+def test_which_tokens_come_first_is_the_order_s(frames: Tensor, order: str) -> None:
+    """After the first of two steps those are known whose turn it is, however sure of others the model may be."""
+    torch.manual_seed(0)
+    genie = Genie(CONFIG).eval()
+    genie.dynamics.logits_out.weight.data *= 20
+    looked: list[Tensor] = []
+    genie.dynamics.token_in.register_forward_hook(lambda module, args, output: looked.append(args[0]))
+    known = []
+    for seed in (0, 1):
+        sample(genie, frames, seed, maskgit_steps=2, order=order, order_noise=0.0, temperature=0.0)
+        known.append((looked[-1] - genie.dynamics.slot_C)[0, 0] != genie.dynamics.mask_token)
+    if order == "random":
+        assert not torch.equal(*known)
+    else:
+        first = _halton_rank(4, 4) < known[0].any(-1).sum()
+        assert torch.equal(known[0].any(-1), first)
+        assert torch.equal(*known)
 
 
 def test_temperature_zero_takes_the_likeliest_code_either_way(genie: Genie, frames: Tensor) -> None:

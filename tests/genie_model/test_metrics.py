@@ -25,7 +25,7 @@ def test_psnr_known_values():
     np.testing.assert_array_equal(metrics.psnr(grey, grey), [metrics.MAX_PSNR] * 2)
 
 
-def test_ssim_falls_with_noise_and_with_blur_and_not_with_brightness_as_psnr_does(rng):
+def test_ssim_falls_with_noise_and_less_with_brightness_than_psnr_does(rng):
     frames = rng.integers(0, 256, (2, 3, 8, 8, 3)).repeat(4, axis=2).repeat(4, axis=3).astype(np.uint8)
     noisy = [(frames + s * rng.normal(size=frames.shape)).clip(0, 255).astype(np.uint8) for s in (0, 10, 30)]
     equal, some, much = (metrics.ssim(frames, x) for x in noisy)
@@ -50,6 +50,9 @@ def test_screen_motion_finds_whole_and_half_pixels(rng, down, right):
 def test_nothing_moves_on_an_empty_or_a_still_screen():
     grey = np.full((2, 64, 64, 3), 77, np.uint8)
     np.testing.assert_array_equal(metrics.screen_motion(grey, grey), np.zeros((2, 2)))
+    small = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(metrics.screen_motion(small, small), np.zeros((2, 2)))
+    np.testing.assert_array_equal(metrics.screen_motion(small, np.roll(small, 1, 2)).round(), [[0, 1]] * 2)
 
 
 def test_the_explained_variance_of_vectors_is_of_all_axes(rng, levels):

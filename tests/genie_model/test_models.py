@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from variants import VARIANTS
 
 from genie_model import dynamics
-from genie_model.config import CodebookConfig
+from genie_model.config import CodebookConfig, TransformerConfig
 from genie_model.genie import Genie
 from genie_model.lam import block_matching
+from genie_model.layers import STTransformer, TemporalAttention
 from genie_model.presets import get_preset
 from genie_model.quantizer import VectorQuantizer
 from genie_model.tokenizer import cosine_transform
@@ -120,6 +121,34 @@ def test_the_loss_counts_masked_tokens_of_later_frames_only(genie: Genie, clips:
     assert 0.7 < sum(rates) / len(rates) < 0.8  # the mean of U[0.5, 1)
 
 
+def test_corrupted_tokens_are_seen_but_never_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Genie(CONFIG.with_overrides("dynamics.corrupt_tokens=0.4")).dynamics
+    codes, seen, targets = torch.randint(16, (8, 6, 16, 4)), [], []
+    model.token_in.register_forward_hook(lambda module, args, output: seen.append(args[0] - model.slot_C))
+    loss = dynamics._MaskedCrossEntropy.apply
+    monkeypatch.setattr(dynamics._MaskedCrossEntropy, "apply", lambda *args: (targets.append(args[3]), loss(*args))[1])
+    model(codes, torch.zeros(8, 5, 32), torch.zeros(16, 32))
+    known = seen[0] != model.mask_token
+    wrong = (seen[0] != codes)[known].float().mean()
+    assert 0.1 < wrong / (15 / 16) < 0.3  # the mean of U[0, 0.4), and one random code in 16 is the true one
+    assert sorted(targets[0].flatten().tolist()) == sorted(codes[:, 1:].flatten().tolist())
+
+
+def test_time_is_attended_to_in_every_nth_block_alone() -> None:
+    def layers(**fields: int) -> int:
+        transformer = STTransformer(TransformerConfig(d_model=8, num_heads=1, head_dim=8, **fields), window=4)
+        return sum(isinstance(layer, TemporalAttention) for layer in transformer.sublayers)
+
+    assert [layers(num_layers=8, temporal_every=n) for n in (1, 2, 3, 4)] == [4, 2, 1, 1]
+    with pytest.raises(ValueError, match="leaves no temporal attention in num_layers=8: at most 4"):
+        layers(num_layers=8, temporal_every=5)
+    with pytest.raises(ValueError, match="vit has no temporal_every"):
+        CONFIG.with_overrides(
+            "tokenizer.architecture=vit", "tokenizer.encoder.num_layers=4", "tokenizer.encoder.temporal_every=2"
+        )
+
+
 def test_the_masked_loss_is_torchs_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     """In value, accuracy and every gradient, although it holds a few rows of logits at a time."""
     monkeypatch.setattr(dynamics, "_ROWS", 3)
@@ -138,7 +167,7 @@ def test_the_masked_loss_is_torchs_cross_entropy(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(ours, theirs)
 
 
-def test_quantizer_is_straight_through_and_revives_dead_codes() -> None:
+def test_dead_codes_revive() -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(CodebookConfig(num_codes=8, latent_dim=4, memory=1024, ema_decay=0.0)).train()
     with torch.no_grad():
@@ -178,7 +207,7 @@ def test_moving_averages_find_the_clusters_and_dead_codes_revive(min_share: floa
         quantizer(centres[torch.randint(8, (256,))] + 0.02 * torch.randn(256, 4))
     distance = torch.cdist(centres, quantizer.codebook_VL).amin(-1)
     assert torch.isfinite(quantizer.codebook_VL).all()
-    assert (distance.max() < 0.05) == (min_share > 0)  # one code of the first draw is nearest to all: who revives none
+    assert (distance.max() < 0.05) == (min_share > 0)  # one code of the first draw is nearest to all
 
 
 def test_latents_that_keep_their_scale_are_quantized_as_they_are() -> None:

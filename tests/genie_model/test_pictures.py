@@ -73,3 +73,14 @@ def test_most_different_frames_are_one_of_each_kind():
     chosen = pictures.most_different(np.repeat(kinds, 5, axis=0), 4)
     assert sorted(index // 5 for index in chosen) == [0, 1, 2, 3]
     assert len(pictures.most_different(kinds, 9)) == 4
+
+
+def test_line_plots_draw_a_panel_each_and_bands_as_wide_as_the_interval():
+    sure, unsure = ([(value, ci95) for value in (0.0, 2.0, 4.0)] for ci95 in (0.01, 1.0))
+    one = pictures.line_plots({"a": sure}, {"a": []})
+    two = pictures.line_plots({"a": sure, "b": sure}, {"a": ["b"], "b": []})
+    wide = pictures.line_plots({"a": unsure}, {"a": []})
+    assert one.dtype == np.uint8
+    assert two.shape[1] == 2 * one.shape[1]
+    coloured = [((p.max(-1) - p.min(-1)) > 20).mean() for p in (one, wide)]
+    assert coloured[1] > 2 * coloured[0]
