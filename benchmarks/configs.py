@@ -10,6 +10,7 @@ from genie_model.config import (
     DynamicsConfig,
     LAMConfig,
     OptimizerConfig,
+    SamplingConfig,
     StageConfig,
     TokenizerConfig,
     TransformerConfig,
@@ -36,6 +37,7 @@ def _of_width(name: str, blocks: tuple[int, int], d_model: int, num_heads: int, 
         ),
         lam=LAMConfig(patch_size=16, encoder=half, decoder=half, codebook=CodebookConfig(num_codes=6)),
         dynamics=DynamicsConfig(transformer=whole),
+        sampling=SamplingConfig(precision="bf16" if d_model >= 512 else "fp32"),  # what is faster
         train_tokenizer=stage,
         train_world=stage,
     )
