@@ -13,9 +13,9 @@ import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from mlflow import MlflowClient
 
 from genie_model.checkpoint import load_model
 from genie_model.config import Config
@@ -110,7 +110,7 @@ def played_frames_per_second(genie: Genie, held_out: HeldOut) -> float:
     return 1 / statistics.median(times[2:])
 
 
-def record(client: MlflowClient, study: str, variant: str, config: Config, found: dict[str, float]) -> None:
+def record(client: Any, study: str, variant: str, config: Config, found: dict[str, float]) -> None:
     name = f"choices-{study}"
     experiment = client.get_experiment_by_name(name)
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
