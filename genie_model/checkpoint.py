@@ -36,6 +36,7 @@ def is_model(uri: str) -> bool:
 
 def load_model(uri: str) -> Genie:
     """The model in evaluation mode, on the accelerator if there is one. Raises ValueError: what is missing."""
+    native.keep_freed_memory()
     genie = _untrained(uri)
     load_weights(genie, f"{uri}/{WEIGHTS}")
     return genie.to(native.device()).eval()

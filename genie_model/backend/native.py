@@ -31,7 +31,7 @@ def to_unit_frames(batch_BTHWC: NDArray[np.uint8]) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what a training step frees, instead of returning it to the kernel and faulting it in again."""
+    """Lets glibc keep what a step frees, instead of returning it to the kernel and faulting it in again."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         m_trim_threshold, m_mmap_threshold = -1, -3
