@@ -47,14 +47,16 @@ def main() -> None:
     prompt_BTHWC = torch.from_numpy(np.stack([np.asarray(Image.open(path).convert("RGB")) for path in starts])[:, None])
     state = genie.start(prompt_BTHWC, seed=range(len(starts)))
     random, process = np.random.default_rng(0), psutil.Process()
-    seen, seconds, memory = [prompt_BTHWC[:, 0].numpy()], [], []
+    seen, seconds, memory = {0: prompt_BTHWC[:, 0].numpy()}, [], []
     for t in bar(range(arguments.frames), desc="play", unit="frame"):
         if t % HELD == 0:
             action_B = torch.from_numpy(random.integers(genie.config.num_actions, size=len(starts)))
         began = time.perf_counter()
-        seen.append(genie.step(state, action_B).numpy())
+        frame_BHWC = genie.step(state, action_B).numpy()
         seconds.append(time.perf_counter() - began)
         memory.append(process.memory_info().rss / 2**20)
+        if t + 1 in SHOWN:
+            seen[t + 1] = frame_BHWC
     tenth = max(arguments.frames // 10, 1)
     found = {
         **machine(),
@@ -63,11 +65,10 @@ def main() -> None:
         "frame_ms_by_tenth": [1e3 * statistics.median(seconds[i : i + tenth]) for i in range(0, len(seconds), tenth)],
         "memory_mb_by_tenth": [max(memory[i : i + tenth]) for i in range(0, len(memory), tenth)],
         # how unlike neighbouring pixels are, beside the prompt's: falls to 0 as a picture becomes one colour
-        "detail_over_prompt": {t: detail(seen[t]) / detail(seen[0]) for t in SHOWN if t < len(seen)},
+        "detail_over_prompt": {t: detail(frame_BHWC) / detail(seen[0]) for t, frame_BHWC in seen.items()},
     }
-    shown = [0, *(t for t in SHOWN if t < len(seen))]
     picture = pictures.frame_table(
-        np.stack([seen[t] for t in shown], 1), [str(i + 1) for i in range(len(starts))], [f"frame {t}" for t in shown]
+        np.stack(list(seen.values()), 1), [str(i + 1) for i in range(len(starts))], [f"frame {t}" for t in seen]
     )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(arguments.out.with_suffix(".png"))
