@@ -35,7 +35,10 @@ def is_model(uri: str) -> bool:
 
 
 def load_model(uri: str) -> Genie:
-    """The model in evaluation mode, on the accelerator if there is one. Raises ValueError: what is missing."""
+    """The model in evaluation mode, on the accelerator if there is one.
+
+    Raises ValueError that says what is missing or broken.
+    """
     native.keep_freed_memory()
     genie = _untrained(uri)
     load_weights(genie, f"{uri}/{WEIGHTS}")

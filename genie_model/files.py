@@ -62,8 +62,8 @@ def remove_tree(uri: str) -> None:
 
 
 def cache_dir() -> Path:
-    """Where remote files are kept under their checksums ($GENIE_CACHE_DIR): it may be deleted at any time."""
-    return Path(os.environ.get("GENIE_CACHE_DIR") or Path.home() / ".cache" / "genie")
+    """Where what was downloaded is kept ($GENIE_CACHE_DIR): it may be deleted at any time."""
+    return Path(os.environ.get("GENIE_CACHE_DIR") or "~/.cache/genie").expanduser()
 
 
 def fetch(uri: str, sha256: str) -> Path | None:

@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import io
 import math
-import os
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
+from genie_model import files
 from genie_model.checkpoint import load_model
 from genie_model.config import Config
 from genie_model.evaluate import HeldOut, measure, measured_on
@@ -193,7 +193,7 @@ def champion(
 
 def _download(client: MlflowClient, name: str, version: Any, cache_dir: str | None = None) -> Path:
     """The folder of a version's files, downloaded unless it is in the cache. Raises ValueError."""
-    cache = Path(cache_dir or Path(os.environ.get("GENIE_CACHE_DIR", "~/.cache/genie"), "models")).expanduser()
+    cache = Path(cache_dir).expanduser() if cache_dir else files.cache_dir() / "models"
     unique = hashlib.sha256(f"{version.source} {version.run_id}".encode()).hexdigest()[:12]
     folder = cache / f"{name}-{version.version}-{unique}"
     if not folder.exists():

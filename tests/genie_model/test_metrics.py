@@ -40,7 +40,10 @@ def test_ssim_falls_with_noise_and_less_with_brightness_than_psnr_does(rng):
 @pytest.mark.parametrize(("down", "right"), [(0, 0), (3, -2), (-7, 5)])
 def test_screen_motion_finds_whole_and_half_pixels(rng, down, right):
     world = rng.integers(0, 256, (4, 20, 20, 3)).repeat(5, axis=1).repeat(5, axis=2).astype(np.float32) / 255
-    at = lambda y, x: world[:, 20 - y : 84 - y, 20 - x : 84 - x]  # noqa: E731
+
+    def at(y, x):
+        return world[:, 20 - y : 84 - y, 20 - x : 84 - x]
+
     moved = metrics.screen_motion(at(0, 0), at(down, right))
     np.testing.assert_allclose(moved, [[down, right]] * 4, atol=0.05)
     half = (at(down, right) + at(down, right + 1)) / 2
