@@ -1,10 +1,11 @@
 """Compares settings of `demo` at an equal budget: every run in MLflow, and a table for docs/.
 
-    python -m benchmarks.choices STUDY --data FOLDER --root FOLDER [--seeds 3] [--tracking-uri URI] [--set a.b=c ...]
+    python -m benchmarks.choices STUDY --data FOLDER --root FOLDER [--seeds 0 1 2] [--tracking-uri URI] [--set a.b=c]
 
 A study changes one thing at a time. Each variant is trained once for every seed, unless it differs from another in
-`sampling` alone: then it plays that one's model. What is trained is kept under --root and reused, so a study that was
-stopped carries on. A cell is the mean over seeds, and of more than one seed half of their range.
+`sampling` alone: then it plays that one's model. What is trained is kept under --root and reused. The table is made
+from MLflow, of the newest run of each variant and seed, so seeds may be run side by side, or later. A cell is the mean
+over seeds, and of more than one seed half of their range.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from genie_model.tracking import connect
 from genie_model.train import train_tokenizer, train_world
 
 Variants = dict[str, tuple[str, ...]]
-_SHORT = ("train_tokenizer.steps=400", "train_world.steps=500")  # of a study that trains: minutes a run
+_SHORT = (  # of a study that trains: a few minutes a run on one core
+    "train_tokenizer.steps=300",
+    "train_tokenizer.batch_size=2",
+    "train_world.steps=500",
+    "train_world.batch_size=2",
+    "evaluation.clips=64",
+    "evaluation.probe_steps=1",  # the supervised bound is the data's: measured once, elsewhere
+)
 
 
 def _steps(steps: int, *more: str) -> tuple[str, ...]:
@@ -36,16 +44,17 @@ def _steps(steps: int, *more: str) -> tuple[str, ...]:
 _DRAW = ("sampling.choice=draw", "sampling.order_noise=4.5")
 STUDIES: dict[str, Variants] = {
     "sampling": {
-        "2 steps (demo)": (),
-        **{f"{n} steps": _steps(n) for n in (1, 4, 8, 12, 25)},
-        "2 steps, temperature 0.8": ("sampling.temperature=0.8",),
+        "1 step (demo)": (),
+        **{f"{n} steps": _steps(n) for n in (2, 4, 8, 12, 25)},
+        "1 step, temperature 0.8": ("sampling.temperature=0.8",),
+        "1 step, temperature 0.5": ("sampling.temperature=0.5",),
         "8 steps, random order": _steps(8, "sampling.order=random"),
         "8 steps, Halton order": _steps(8, "sampling.order=halton"),
         "8 steps, drawn (paper)": _steps(8, *_DRAW),
         "8 steps, drawn, temperature 1 to 0": _steps(8, *_DRAW, "sampling.last_temperature=0"),
         "8 steps, drawn, Halton order": _steps(8, *_DRAW, "sampling.order=halton"),
         "25 steps, drawn (paper)": _steps(25, *_DRAW),
-        "2 steps, bf16": ("sampling.precision=bf16",),
+        "1 step, bf16": ("sampling.precision=bf16",),
     },
     "dynamics": {
         "demo": _SHORT,
@@ -53,10 +62,16 @@ STUDIES: dict[str, Variants] = {
         "all frames masked (paper)": (*_SHORT, "dynamics.clean_frames=0"),
         "a quarter of frames clean": (*_SHORT, "dynamics.clean_frames=0.25"),
         "up to 20% of tokens corrupted": (*_SHORT, "dynamics.corrupt_tokens=0.2"),
+        "up to 50% its own guesses": (*_SHORT, "dynamics.corrupt_tokens=0.5", "dynamics.corrupt_by=own"),
         "codes as indices alone (paper)": (*_SHORT, "dynamics.code_vectors=false"),
         "time in every second block": (*_SHORT, "dynamics.transformer.temporal_every=2"),
         "time in every fourth block": (*_SHORT, "dynamics.transformer.temporal_every=4"),
-        "8 frames of history": (*_SHORT, "data.clip_length=8", "train_world.batch_size=8"),
+        "8 frames of history": (
+            *_SHORT,
+            "data.clip_length=8",
+            "train_tokenizer.batch_size=4",
+            "train_world.batch_size=4",
+        ),
     },
     "tokenizer": {
         "demo": _SHORT,
@@ -70,6 +85,7 @@ STUDIES: dict[str, Variants] = {
         "mean squared error (paper)": (*_SHORT, "lam.loss=mse"),
         "frames predicted, not moved (paper)": (*_SHORT, "lam.predict=frame"),
         "sees no motion (paper)": (*_SHORT, "lam.predict=frame", "lam.motion_rows=0", "lam.motion_columns=0"),
+        "patches of 8 pixels": (*_SHORT, "lam.patch_size=8"),
         "quantized from the start": (*_SHORT, "lam.codebook.continuous_steps=0"),
         "codes by gradient": (*_SHORT, "lam.codebook.learn=gradient"),
     },
@@ -80,7 +96,7 @@ COLUMNS = {
     "rollout_psnr_t4": "frame 4 PSNR",
     "delta_psnr_t4": "Δ₄ PSNR",
     "held_motion_explained": "motion that a held action explains",
-    "direction_of_bound": "direction, share of the bound",
+    "direction_balanced_accuracy": "direction told",
     "displacement_x_explained": "across",
     "displacement_y_explained": "up",
     "fvd_random3d": "fvd_random3d",
@@ -93,8 +109,6 @@ def run(config: Config, data_uri: str, root_uri: str, held_out: HeldOut, samplin
     genie = load_model(train_world(config, data_uri, tokenizer_uri, root_uri))
     genie.config = config
     found = measure_play(config, genie, held_out) if sampling_alone else measure(config, genie, held_out).metrics
-    if not sampling_alone:
-        found["direction_of_bound"] = found["direction_balanced_accuracy"] / found["direction_supervised_bound"]
     return found | {"frames_per_second": played_frames_per_second(genie, held_out)}
 
 
@@ -110,10 +124,7 @@ def played_frames_per_second(genie: Genie, held_out: HeldOut) -> float:
     return 1 / statistics.median(times[2:])
 
 
-def record(client: Any, study: str, variant: str, config: Config, found: dict[str, float]) -> None:
-    name = f"choices-{study}"
-    experiment = client.get_experiment_by_name(name)
-    experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
+def record(client: Any, experiment_id: str, study: str, variant: str, config: Config, found: dict[str, float]) -> None:
     tags = {"variant": variant, "seed": str(config.seed), "study": study}
     run_id = client.create_run(experiment_id, tags=tags, run_name=f"{variant}, seed {config.seed}").info.run_id
     for key, value in config.flat().items():
@@ -123,17 +134,26 @@ def record(client: Any, study: str, variant: str, config: Config, found: dict[st
     client.set_terminated(run_id)
 
 
+def recorded(client: Any, experiment_id: str, study: str) -> dict[str, list[dict[str, float]]]:
+    """The metrics of every variant's finished runs, the newest of each seed."""
+    found: dict[str, dict[str, dict[str, float]]] = {variant: {} for variant in STUDIES[study]}
+    finished = "attributes.status = 'FINISHED'"
+    for run in client.search_runs([experiment_id], finished, order_by=["attributes.start_time"]):
+        found.setdefault(run.data.tags["variant"], {})[run.data.tags["seed"]] = run.data.metrics
+    return {variant: list(by_seed.values()) for variant, by_seed in found.items() if by_seed}
+
+
 def table(found: dict[str, list[dict[str, float]]]) -> str:
     """A row for each variant: means over its runs, with half their range."""
     shown = [name for name in COLUMNS if all(name in one for runs in found.values() for one in runs)]
-    lines = ["| | " + " | ".join(COLUMNS[name] for name in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    lines = ["| | seeds | " + " | ".join(COLUMNS[name] for name in shown) + " |", "|---" * (len(shown) + 2) + "|"]
     for variant, runs in found.items():
         cells = []
         for name in shown:
             values = [one[name] for one in runs]
             spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3g}{spread}")
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+        lines.append(f"| {variant} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -144,26 +164,25 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--data", required=True, help="a data set that collect made, with train/ and eval/")
     parser.add_argument("--root", required=True, help="where trained models are kept")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--tracking-uri", default="", help="MLflow's; none: the table alone")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tracking-uri", default="sqlite:///build/choices.db", help="MLflow's (default: a file)")
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="config fields, for every variant")
     parser.add_argument("--out", type=Path, help="where to write the table; default build/choices-STUDY.md")
     arguments = parser.parse_args()
-    client = connect(arguments.tracking_uri) if arguments.tracking_uri else None
-    held_out = HeldOut.open(f"{arguments.data}/eval")
     out = arguments.out or Path(f"build/choices-{arguments.study}.md")
     out.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[dict[str, float]]] = {}
-    for variant, overrides in STUDIES[arguments.study].items():
-        for seed in range(arguments.seeds):
+    client, study = connect(arguments.tracking_uri), arguments.study
+    experiment = client.get_experiment_by_name(f"choices-{study}")
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment(f"choices-{study}")
+    held_out = HeldOut.open(f"{arguments.data}/eval")
+    for seed in arguments.seeds:
+        for variant, overrides in STUDIES[study].items():
             config = get_preset("demo").with_overrides(f"seed={seed}", *overrides, *arguments.overrides)
             print(f"--- {variant}, seed {seed}", flush=True)
-            one = run(config, arguments.data, arguments.root, held_out, arguments.study == "sampling")
-            found.setdefault(variant, []).append(one)
-            if client:
-                record(client, arguments.study, variant, config, one)
-        out.write_text(table(found) + "\n")
-    print(table(found))
+            found = run(config, arguments.data, arguments.root, held_out, study == "sampling")
+            record(client, experiment_id, study, variant, config, found)
+            out.write_text(table(recorded(client, experiment_id, study)) + "\n")
+    print(out.read_text())
     print(f"written to {out}")
 
 

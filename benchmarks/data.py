@@ -60,7 +60,7 @@ def loader() -> float:
         rates = []
         for _ in range(ROUNDS):
             started = time.perf_counter()
-            frames = sum(batch.shape[0] * batch.shape[1] for _, batch in clips.stream(0, 50))
+            frames = sum(batch.frames_BTHWC.shape[0] * batch.frames_BTHWC.shape[1] for _, batch in clips.stream(0, 50))
             rates.append(frames / (time.perf_counter() - started))
         return statistics.median(rates)
 

@@ -130,7 +130,10 @@ class DynamicsConfig(ConfigNode):
     code_vectors: bool = Field(False, description="tokens are also known, and told, by their codes' vectors")
     clean_frames: float = Field(0.0, ge=0, lt=1, description="share of frames left unmasked, as the past is in play")
     corrupt_tokens: float = Field(
-        0.0, ge=0, lt=1, description="at most this share of known tokens, drawn for each clip, become random codes"
+        0.0, ge=0, le=1, description="at most this share of known tokens, drawn for each clip, become wrong ones"
+    )
+    corrupt_by: Literal["random", "own"] = Field(
+        "random", description="codes at random, or what the model itself now guesses of half of the frames"
     )
     mask_rate_min: float = Field(0.5, ge=0, le=1)
     mask_rate_max: float = Field(1.0, ge=0, le=1)
@@ -226,6 +229,11 @@ class Config(ConfigNode):
     sampling: SamplingConfig = SamplingConfig()
     train_tokenizer: StageConfig
     train_world: StageConfig
+    cached_tokens: bool = Field(
+        False,
+        description="train_world reads tokens that were computed once (tokens.py); its clips then start at multiples "
+        "of data.clip_length",
+    )
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig = PromotionConfig()
 
@@ -255,6 +263,8 @@ class Config(ConfigNode):
             raise ValueError(f"lam.inputs=tokens have no pixels to match or move: set {wanted} too")
         if self.lam.predict == "motion" and not self.lam.motion_rows + self.lam.motion_columns:
             raise ValueError("lam.predict=motion needs lam.motion_rows or lam.motion_columns above 0")
+        if self.cached_tokens and self.tokenizer.codebook.num_codes > 1 << 16:
+            raise ValueError("cached_tokens: at most 65,536 codes; lower tokenizer.codebook.num_codes")
         if self.dynamics.mask_rate_min > self.dynamics.mask_rate_max:
             raise ValueError("dynamics.mask_rate_min is above dynamics.mask_rate_max")
         return self

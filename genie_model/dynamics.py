@@ -76,8 +76,9 @@ class DynamicsModel(nn.Module):
         dirty_F = dirty_F // (T - 1) * T + dirty_F % (T - 1) + 1  # indices into the B * T frames, never a first one
         mask_FNC = mask_BTNC.flatten(0, 1)[dirty_F]
         mask_BTNC = torch.zeros_like(mask_BTNC).flatten(0, 1).index_copy(0, dirty_F, mask_FNC).view_as(mask_BTNC)
-        seen_BTNC = torch.where(mask_BTNC, self.mask_token, self._corrupt(codes_BTNC))
-        hidden_BTND = self.hidden(seen_BTNC, F.pad(actions_BTL.detach(), (0, 0, 1, 0)), codebook_VL)
+        actions_BTL = F.pad(actions_BTL.detach(), (0, 0, 1, 0))
+        seen_BTNC = torch.where(mask_BTNC, self.mask_token, self._corrupt(codes_BTNC, actions_BTL, codebook_VL))
+        hidden_BTND = self.hidden(seen_BTNC, actions_BTL, codebook_VL)
         weight_XC = mask_FNC.flatten(0, 1).float()
         weight_XC = weight_XC / weight_XC.sum().clamp_min(1)
         loss, accuracy = _MaskedCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -112,14 +113,34 @@ class DynamicsModel(nn.Module):
         hidden_BTND: Tensor = self.transformer(tokens_BTND, cache, commit)
         return hidden_BTND[:, :, -self.position.shape[0] :]
 
-    def _corrupt(self, codes_BTNC: Tensor) -> Tensor:
-        """Some known tokens become random codes, so that play's own errors are nothing new (Valevski et al., 2024)."""
+    def _corrupt(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor) -> Tensor:
+        """Some known tokens become wrong ones, so that play's own errors are nothing new (Valevski et al., 2024)."""
         if not self.config.corrupt_tokens:
             return codes_BTNC
-        device = codes_BTNC.device
-        rate_B111 = self.config.corrupt_tokens * torch.rand(len(codes_BTNC), 1, 1, 1, device=device)
-        wrong_BTNC = torch.randint_like(codes_BTNC, self.num_codes)
-        return torch.where(torch.rand(codes_BTNC.shape, device=device) < rate_B111, wrong_BTNC, codes_BTNC)
+        rate_B111 = self.config.corrupt_tokens * torch.rand(len(codes_BTNC), 1, 1, 1, device=codes_BTNC.device)
+        if self.config.corrupt_by == "random":
+            wrong_BTNC = torch.randint_like(codes_BTNC, self.num_codes)
+        else:
+            wrong_BTNC = self._dream(codes_BTNC, actions_BTL, codebook_VL)
+        return torch.where(torch.rand(codes_BTNC.shape, device=codes_BTNC.device) < rate_B111, wrong_BTNC, codes_BTNC)
+
+    @torch.no_grad()
+    def _dream(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor) -> Tensor:
+        """The codes, but half of the frames after the first as the model now sees them come, at one glance.
+
+        Where two of them follow each other, the second rests on what is only guessed, as in play.
+        """
+        (B, T), device = codes_BTNC.shape[:2], codes_BTNC.device
+        dreamt_F = torch.randperm(B * (T - 1), device=device)[: max(B * (T - 1) // 2, 1)]
+        dreamt_F = dreamt_F // (T - 1) * T + dreamt_F % (T - 1) + 1
+        flat_FNC = codes_BTNC.flatten(0, 1)
+        masked_BTNC = flat_FNC.index_fill(0, dreamt_F, self.mask_token).view_as(codes_BTNC)
+        hidden_FND = self.hidden(masked_BTNC, actions_BTL, codebook_VL).flatten(0, 1)[dreamt_F]
+        guessed = [
+            nearest_to_mean(self.logits(hidden_ND, codebook_VL).float().log_softmax(-1), codebook_VL)[0]
+            for hidden_ND in hidden_FND  # a frame at a time: its logits stay in the CPU's cache
+        ]
+        return flat_FNC.index_copy(0, dreamt_F, torch.stack(guessed)).view_as(codes_BTNC)
 
     def logits(self, hidden_BTND: Tensor, codebook_VL: Tensor) -> Tensor:
         """(..., D) -> (..., C, V)."""
@@ -136,6 +157,18 @@ class DynamicsModel(nn.Module):
             return self.logits_out.weight
         vectors_CLD = self.vectors_out.weight.view(self.codes_per_patch, *codebook_VL.shape[1:], -1)
         return self.logits_out.weight + (codebook_VL @ vectors_CLD).flatten(0, 1)
+
+
+def nearest_to_mean(log_probs: Tensor, codebook_VL: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a distribution over codes (..., V), the code nearest to the mean of their vectors: (...), int64.
+
+    Of all codes it has the least expected squared distance to the true one. Also minus that distance.
+    """
+    with torch.autocast(log_probs.device.type, enabled=False):  # near codes differ in bits that bfloat16 drops
+        length_V = codebook_VL.square().sum(-1)
+        probs = log_probs.exp()
+        closeness, codes = (2 * (probs @ codebook_VL) @ codebook_VL.T - length_V).max(-1)
+        return codes, closeness - probs @ length_V
 
 
 class _MaskedCrossEntropy(torch.autograd.Function):

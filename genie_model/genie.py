@@ -71,10 +71,14 @@ class Genie(nn.Module):
         self.tokenizer.eval()
         return self
 
-    def forward(self, x_BTHWC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Co-training (section 2.1): LAM and dynamics in one step, the tokenizer frozen. Clips in [0, 1]."""
-        with torch.no_grad():
-            codes_BTNC = self.tokenizer.encode(x_BTHWC)
+    def forward(self, x_BTHWC: Tensor, codes_BTNC: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Co-training (section 2.1): LAM and dynamics in one step, the tokenizer frozen.
+
+        Clips in [0, 1]; their codes, if known, are not computed again.
+        """
+        if codes_BTNC is None:
+            with torch.no_grad():
+                codes_BTNC = self.tokenizer.encode(x_BTHWC)
         lam_loss, actions, lam_logs = self.lam(self.lam_input(x_BTHWC, codes_BTNC))
         dynamics_loss, dynamics_logs = self.dynamics(
             codes_BTNC, actions.latents_BTL, self.tokenizer.quantizer.codebook_VL.detach()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genie_model.config import SamplingConfig
-from genie_model.dynamics import DynamicsModel
+from genie_model.dynamics import DynamicsModel, nearest_to_mean
 from genie_model.layers import TemporalCache
 
 
@@ -43,7 +43,6 @@ def sample_frame(
     shape = (action_BL.shape[0], 1, math.prod(grid), dynamics.codes_per_patch)
     device = action_BL.device
     tokens = math.prod(shape[1:])
-    length_V = codebook_VL.square().sum(-1)
     last = config.temperature if config.last_temperature is None else config.last_temperature
     codes = torch.full(shape, dynamics.mask_token, device=device)
     for step in range(config.maskgit_steps):
@@ -53,10 +52,7 @@ def sample_frame(
         log_probs = (logits / max(temperature, 1e-4)).log_softmax(-1)
         unknown = codes == dynamics.mask_token
         if config.choice == "mean":
-            with torch.autocast(device.type, enabled=False):  # near codes differ in bits that bfloat16 drops
-                mean = log_probs.exp() @ codebook_VL
-                closeness, sampled = (2 * mean @ codebook_VL.T - length_V).max(-1)
-                confidence = closeness - log_probs.exp() @ length_V
+            sampled, confidence = nearest_to_mean(log_probs, codebook_VL)
         else:
             noise = _gumbel(logits.shape, generators, device) if temperature > 0 else 0.0
             sampled = (log_probs + noise).argmax(-1)

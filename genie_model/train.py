@@ -24,6 +24,7 @@ from genie_model.genie import Genie
 from genie_model.optim import Optimizers, learning_rate_share
 from genie_model.progress import NoLog, RunLog, bar, summary
 from genie_model.source import code_digest
+from genie_model.tokens import tokens_of
 
 # The code that decides the weights of each model.
 _TOKENIZER_CODE = (
@@ -35,7 +36,7 @@ _TOKENIZER_CODE = (
     "tokenizer.py",
     "train.py",
 )
-_GENIE_CODE = (*_TOKENIZER_CODE, "dynamics.py", "genie.py", "lam.py")
+_GENIE_CODE = (*_TOKENIZER_CODE, "dynamics.py", "genie.py", "lam.py", "tokens.py")
 _WATCHING = ("log_every", "checkpoint_every")  # how often training is looked at, not what it ends in
 
 
@@ -49,7 +50,10 @@ def train_tokenizer(config: Config, data_uri: str, root_uri: str, log: RunLog | 
     name = _name("tokenizer", store, config, ("data", "tokenizer", "train_tokenizer", "seed"), _TOKENIZER_CODE)
     torch.manual_seed(config.seed)
     genie = Genie(config)
-    return _train("train-tokenizer", name, genie, genie.tokenizer, config.train_tokenizer, store, root_uri, log)
+    loader = _loader(store, config, config.train_tokenizer)
+    return _train(
+        "train-tokenizer", name, genie, genie.tokenizer, config.train_tokenizer, lambda: loader, root_uri, log
+    )
 
 
 def train_world(config: Config, data_uri: str, tokenizer_uri: str, root_uri: str, log: RunLog | None = None) -> str:
@@ -62,13 +66,22 @@ def train_world(config: Config, data_uri: str, tokenizer_uri: str, root_uri: str
     tokenizer = checkpoint.load_tokenizer(tokenizer_uri)
     if tokenizer.config != config.tokenizer:
         raise ValueError(f"the tokenizer at {tokenizer_uri} was trained with another tokenizer config: train it anew")
-    trained = ("data", "tokenizer", "train_tokenizer", "lam", "dynamics", "train_world", "seed")
+    trained = ("data", "tokenizer", "train_tokenizer", "lam", "dynamics", "train_world", "cached_tokens", "seed")
     name = _name("genie", store, config, trained, _GENIE_CODE)
     torch.manual_seed(config.seed)
     genie = Genie(config)
     genie.tokenizer.load_state_dict(tokenizer.state_dict())
     genie.tokenizer.requires_grad_(False)
-    return _train("train-world", name, genie, genie, config.train_world, store, root_uri, log)
+
+    def loader() -> ClipLoader:
+        tokens = tokens_of(config, store, tokenizer, tokenizer_uri, root_uri) if config.cached_tokens else None
+        return _loader(store, config, config.train_world, tokens)
+
+    return _train("train-world", name, genie, genie, config.train_world, loader, root_uri, log)
+
+
+def _loader(store: VideoStore, config: Config, stage: StageConfig, tokens: VideoStore | None = None) -> ClipLoader:
+    return ClipLoader(store, stage.batch_size, config.data.clip_length, config.seed, tokens=tokens)
 
 
 def _name(kind: str, store: VideoStore, config: Config, parts: tuple[str, ...], code: tuple[str, ...]) -> str:
@@ -94,7 +107,7 @@ def _train(
     genie: Genie,
     trained: nn.Module,
     stage: StageConfig,
-    store: VideoStore,
+    loader: Callable[[], ClipLoader],
     root_uri: str,
     log: RunLog | None,
 ) -> str:
@@ -104,8 +117,7 @@ def _train(
         return model_uri
     if not state.latest_step() and (others := _by_other_code(name, root_uri)):
         summary(step_name, f"trains anew, for the code has changed since {', '.join(others)}: kept where it is")
-    loader = ClipLoader(store, stage.batch_size, genie.config.data.clip_length, seed=genie.config.seed)
-    text = fit(trained, stage, loader, state, desc=step_name, seed=genie.config.seed, log=log or NoLog())
+    text = fit(trained, stage, loader(), state, desc=step_name, seed=genie.config.seed, log=log or NoLog())
     checkpoint.save_model(model_uri, genie, trained)
     state.remove()
     summary(step_name, f"{text} -> {model_uri}")
@@ -146,7 +158,7 @@ def fit(
             on_step(step)
             torch.manual_seed(seed * 1_000_003 + step)
             with native.autocast(stage.precision):
-                loss, tensors = module(native.to_unit_frames(batch))
+                loss, tensors = module(*native.inputs(batch.frames_BTHWC, batch.codes_BTNC))
             loss.backward()
             gradient_norm = nn.utils.clip_grad_norm_(module.parameters(), stage.optimizer.clip_norm)
             optimizers.step(learning_rate_share(step, stage.steps, stage.optimizer))

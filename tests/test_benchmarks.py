@@ -18,8 +18,8 @@ def test_every_variant_of_a_study_is_a_config_of_its_own(study):
 
 def test_the_table_has_means_and_half_the_range_over_seeds():
     runs = {"a": [{"delta_psnr_t4": 1.0, "fvd_random3d": 0.5}, {"delta_psnr_t4": 2.0, "fvd_random3d": 0.5}]}
-    assert table(runs).splitlines()[-1] == "| a | 1.5 ± 0.5 | 0.5 ± 0 |"
-    assert table({"a": [{"delta_psnr_t4": 1.0}]}).splitlines()[-1] == "| a | 1 |"
+    assert table(runs).splitlines()[-1] == "| a | 2 | 1.5 ± 0.5 | 0.5 ± 0 |"
+    assert table({"a": [{"delta_psnr_t4": 1.0}]}).splitlines()[-1] == "| a | 1 | 1 |"
 
 
 def test_a_line_s_share_is_the_floor_s_part_of_the_time():

@@ -30,6 +30,14 @@ def to_unit_frames(batch_BTHWC: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(batch_BTHWC).to(device(), non_blocking=True).float() / 255
 
 
+def inputs(frames_BTHWC: NDArray[np.uint8], codes_BTNC: NDArray[np.int64] | None) -> list[Tensor]:
+    """What a model in training takes of a batch: its frames as above, and their codes where they are known."""
+    found = [to_unit_frames(frames_BTHWC)]
+    if codes_BTNC is not None:
+        found.append(torch.from_numpy(codes_BTNC).to(device(), non_blocking=True))
+    return found
+
+
 def keep_freed_memory() -> None:
     """Lets glibc keep what a step frees, instead of returning it to the kernel and faulting it in again."""
     if platform.libc_ver()[0] == "glibc":

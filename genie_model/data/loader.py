@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,17 +13,30 @@ from numpy.typing import NDArray
 from genie_model.data.store import VideoStore
 
 
+class Batch(NamedTuple):
+    frames_BTHWC: NDArray[np.uint8]
+    codes_BTNC: NDArray[np.int64] | None = None  # their tokens, where the loader has them
+
+
 class ClipLoader:
     """Batches of clips of `clip_length` consecutive frames from the train split.
 
-    A clip may start at any frame. An epoch takes every clip once, in an order that (seed, epoch) decides and that is
-    computed, not stored: resuming needs the step alone. `batch_size` counts the clips of all ranks; the batch does not
-    depend on `world_size`, rank r of w gets its r-th of w equal slices. Raises ValueError for the eval split, a batch
-    that the ranks cannot share evenly, and clips longer than every episode.
+    A clip may start at any frame; where `tokens` (tokens.py) are given, at multiples of its length, and brings its
+    codes along. An epoch takes every clip once, in an order that (seed, epoch) decides and that is computed, not
+    stored: resuming needs the step alone. `batch_size` counts the clips of all ranks; the batch does not depend on
+    `world_size`, rank r of w gets its r-th of w equal slices. Raises ValueError for the eval split, a batch that the
+    ranks cannot share evenly, and clips longer than every episode.
     """
 
     def __init__(
-        self, store: VideoStore, batch_size: int, clip_length: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        store: VideoStore,
+        batch_size: int,
+        clip_length: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        tokens: VideoStore | None = None,
     ) -> None:
         if store.split != "train":
             raise ValueError(f"{store.uri} is the {store.split} split, which is never trained on: open the train split")
@@ -31,26 +45,31 @@ class ClipLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is not in 0..{world_size - 1}")
         self.store, self.batch_size, self.clip_length, self.seed = store, batch_size, clip_length, seed
-        self.clips = store.clips(clip_length, stride=1)
+        self.tokens = tokens
+        self.clips = store.clips(clip_length, stride=clip_length if tokens else 1)
         local = batch_size // world_size
         self._slice = np.arange(rank * local, (rank + 1) * local)
 
-    def batch(self, step: int) -> NDArray[np.uint8]:
-        """uint8 (B,T,H,W,3), this rank's part of the batch of this step."""
+    def batch(self, step: int) -> Batch:
+        """This rank's part of the batch of this step."""
         epoch, position = np.divmod(step * self.batch_size + self._slice, len(self.clips))
         chosen = [
             self.clips[_shuffled(p, len(self.clips), self.seed, e)]
             for e, p in zip(epoch.tolist(), position.tolist(), strict=True)
         ]
-        return np.stack([self.store.frames(episode, start, self.clip_length) for episode, start in chosen])
+        frames_BTHWC = self._read(self.store, chosen)
+        return Batch(frames_BTHWC, _as_codes(self._read(self.tokens, chosen)) if self.tokens else None)
 
-    def stream(self, start_step: int, stop_step: int, prefetch: int = 4) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    def _read(self, store: VideoStore, clips: list[NDArray[np.int32]]) -> NDArray[np.uint8]:
+        return np.stack([store.frames(episode, start, self.clip_length) for episode, start in clips])
+
+    def stream(self, start_step: int, stop_step: int, prefetch: int = 4) -> Iterator[tuple[int, Batch]]:
         """(step, batch) of every step in the range; one background thread makes up to `prefetch` of them ahead.
 
         An error in the thread is raised here. The thread ends with the iterator, however that ends.
         """
         with ThreadPoolExecutor(1, thread_name_prefix="clips") as pool:
-            ahead: deque[Future[NDArray[np.uint8]]] = deque()
+            ahead: deque[Future[Batch]] = deque()
             try:
                 for step in range(start_step, stop_step):
                     while len(ahead) <= prefetch and step + len(ahead) < stop_step:
@@ -58,6 +77,11 @@ class ClipLoader:
                     yield step, ahead.popleft().result()
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def _as_codes(tokens_BTNC2: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """(..., 2) bytes as numbers, the lower byte first."""
+    return tokens_BTNC2.view("<u2")[..., 0].astype(np.int64)
 
 
 def _shuffled(position: int, size: int, seed: int, epoch: int) -> int:

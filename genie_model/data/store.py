@@ -55,6 +55,15 @@ class VideoStore:
         return len(self._episodes)
 
     @property
+    def num_shards(self) -> int:
+        return len(self._shards)
+
+    def episodes_in(self, shard: int) -> range:
+        """The episodes of a shard."""
+        first = sum(len(other["episodes"]) for other in self._shards[:shard])
+        return range(first, first + len(self._shards[shard]["episodes"]))
+
+    @property
     def num_frames(self) -> int:
         return int(self.episode_lengths.sum())
 

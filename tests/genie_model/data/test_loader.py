@@ -24,14 +24,14 @@ def prefetch_threads():
 
 def test_a_batch_depends_on_the_step_alone_not_on_what_was_read_before(store, recorded):
     straight = ClipLoader(store, 4, 8, seed=5)
-    batches = {step: straight.batch(step) for step in range(6)}
+    batches = {step: straight.batch(step).frames_BTHWC for step in range(6)}
     other = ClipLoader(VideoStore.open(f"{recorded}/train"), 4, 8, seed=5)
     for step in (5, 0, 3):
-        assert np.array_equal(other.batch(step), batches[step])
+        assert np.array_equal(other.batch(step).frames_BTHWC, batches[step])
     assert batches[0].shape == (4, 8, 64, 64, 3)
     assert batches[0].dtype == np.uint8
     assert not np.array_equal(batches[0], batches[1])
-    assert not np.array_equal(batches[0], ClipLoader(store, 4, 8, seed=6).batch(0))
+    assert not np.array_equal(batches[0], ClipLoader(store, 4, 8, seed=6).batch(0).frames_BTHWC)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
@@ -39,14 +39,18 @@ def test_the_ranks_together_have_the_same_batch_whatever_their_number(store, wor
     whole = ClipLoader(store, 6, 8, seed=1)
     ranks = [ClipLoader(store, 6, 8, seed=1, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in (0, 7, 1000):
-        assert np.array_equal(np.concatenate([rank.batch(step) for rank in ranks]), whole.batch(step))
+        assert np.array_equal(
+            np.concatenate([rank.batch(step).frames_BTHWC for rank in ranks]), whole.batch(step).frames_BTHWC
+        )
 
 
 def test_every_clip_is_seen_once_an_epoch_in_another_order(store):
     loader = ClipLoader(store, batch_size=1, clip_length=398, seed=0)  # long clips are few
     size = len(loader.clips)
     clips = {store.frames(episode, start, 398).tobytes() for episode, start in loader.clips}
-    epochs = [[loader.batch(step)[0].tobytes() for step in range(e * size, (e + 1) * size)] for e in range(2)]
+    epochs = [
+        [loader.batch(step).frames_BTHWC[0].tobytes() for step in range(e * size, (e + 1) * size)] for e in range(2)
+    ]
     assert set(epochs[0]) == set(epochs[1]) == clips
     assert len(clips) == size > 15
     assert epochs[0] != epochs[1]
@@ -77,7 +81,7 @@ def test_the_stream_is_the_batches_in_order(store):
     for prefetch in (0, 1, 8):
         streamed = list(loader.stream(3, 9, prefetch=prefetch))
         assert [step for step, _ in streamed] == [3, 4, 5, 6, 7, 8]
-        assert all(np.array_equal(batch, loader.batch(step)) for step, batch in streamed)
+        assert all(np.array_equal(batch.frames_BTHWC, loader.batch(step).frames_BTHWC) for step, batch in streamed)
     assert list(loader.stream(4, 4)) == []
     assert not prefetch_threads()
 
@@ -116,7 +120,8 @@ def test_batches_are_the_same_when_the_truth_is_gone(copied, store):
     stripped = VideoStore.open(f"{copied[1]}/train")
     for step in range(4):
         assert np.array_equal(
-            ClipLoader(stripped, 4, 8, seed=0).batch(step), ClipLoader(store, 4, 8, seed=0).batch(step)
+            ClipLoader(stripped, 4, 8, seed=0).batch(step).frames_BTHWC,
+            ClipLoader(store, 4, 8, seed=0).batch(step).frames_BTHWC,
         )
     with pytest.raises(ValueError, match=r"truth-00000\.npz is missing"):
         PrivilegedTruth.open(stripped.uri).episode(0)

@@ -1,0 +1,81 @@
+"""Tokens computed once: what a frozen tokenizer makes of a data set's clips, kept as a data set of their own."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+import zstandard
+from numpy.typing import NDArray
+
+from genie_model.backend import native
+from genie_model.config import Config
+from genie_model.data.shards import CHUNK_FRAMES, Episode, has_index, missing_shards, write_index, write_shard
+from genie_model.data.store import VideoStore
+from genie_model.progress import bar, summary
+from genie_model.source import code_digest
+from genie_model.tokenizer import VideoTokenizer
+
+_CODE = ("backend/native.py", "layers.py", "quantizer.py", "tokenizer.py", "tokens.py")
+_BATCH = 16  # clips at a time
+
+
+def tokens_of(
+    config: Config, store: VideoStore, tokenizer: VideoTokenizer, tokenizer_uri: str, root_uri: str
+) -> VideoStore:
+    """The tokens of every clip that starts at a multiple of `data.clip_length`, made now unless they lie there already.
+
+    A frame of this data set is (N, C, 2) bytes, its codes as little-endian uint16; episode i is episode i of `store`,
+    up to its last whole clip. A clip is encoded by itself, as in play: its codes have seen nothing before its start.
+    """
+    clip, precision = config.data.clip_length, config.train_world.precision
+    asked = f"{tokenizer_uri.rstrip('/').rpartition('/')[2]} {store.digest} {clip} {precision}"
+    name = f"tokens-{hashlib.sha256(asked.encode()).hexdigest()[:12]}-{code_digest(_CODE)}"
+    uri = f"{root_uri}/tokens/{name}"
+    missing = missing_shards(uri, store.num_shards)
+    tokenizer.to(native.device()).eval()
+    frame_shape = (tokenizer.num_patches, config.tokenizer.codes_per_patch, 2)
+    with bar(desc="tokenize", unit="frame", total=sum(_frames(store, shard, clip) for shard in missing)) as progress:
+        for shard in missing:
+            codes = _encode(store, shard, tokenizer, clip, precision)
+            episodes = [_compress(codes_TNC) for codes_TNC in codes]
+            write_shard(uri, shard, episodes, frame_shape, truth={})
+            progress.update(_frames(store, shard, clip))
+    if missing or not has_index(uri):
+        write_index(uri, store.num_shards, {**store.meta, "frame_shape": list(frame_shape)})
+    summary("tokenize", f"{'made' if missing else 'reused'} {uri}")
+    return VideoStore.open(uri)
+
+
+def _frames(store: VideoStore, shard: int, clip: int) -> int:
+    """Of all whole clips of the shard's episodes."""
+    return int(sum(store.episode_lengths[episode] // clip * clip for episode in store.episodes_in(shard)))
+
+
+def _encode(
+    store: VideoStore, shard: int, tokenizer: VideoTokenizer, clip: int, precision: str
+) -> list[NDArray[np.uint16]]:
+    """The codes (T, N, C) of each episode in the shard."""
+    counts = [int(store.episode_lengths[episode]) // clip for episode in store.episodes_in(shard)]
+    clips = [
+        (episode, i * clip)
+        for episode, count in zip(store.episodes_in(shard), counts, strict=True)
+        for i in range(count)
+    ]
+    empty = np.empty((0, tokenizer.num_patches, tokenizer.config.codes_per_patch), np.uint16)
+    found = [empty]
+    for begin in range(0, len(clips), _BATCH):
+        batch_BTHWC = np.stack([store.frames(episode, start, clip) for episode, start in clips[begin : begin + _BATCH]])
+        with torch.inference_mode(), native.autocast(precision):
+            codes_BTNC = tokenizer.encode(native.to_unit_frames(batch_BTHWC))
+        found.append(codes_BTNC.flatten(0, 1).cpu().numpy().astype("<u2"))
+    return np.split(np.concatenate(found), np.cumsum(counts)[:-1] * clip)
+
+
+def _compress(codes_TNC: NDArray[np.uint16]) -> Episode:
+    compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
+    starts = range(0, len(codes_TNC), CHUNK_FRAMES)
+    return Episode(
+        len(codes_TNC), CHUNK_FRAMES, [compressor.compress(codes_TNC[i : i + CHUNK_FRAMES].tobytes()) for i in starts]
+    )
