@@ -394,6 +394,7 @@ def _headline(config: Config, found: dict[str, float]) -> str:
         f"{found['lam_action_usage']:.0%} of {config.num_actions} actions in use, "
         f"LAM error {found['lam_mse_over_copy']:.2f} of copying; "
         f"direction {shown('direction_balanced_accuracy', 2)} "
-        f"(chance {found['direction_chance']:.2f}, supervised {found['direction_supervised_bound']:.2f}); "
+        f"(chance {found['direction_chance']:.2f}, codes of the true displacement "
+        f"{found['direction_of_displacement']:.2f}, supervised {found['direction_supervised_bound']:.2f}); "
         f"motion explained: {found['displacement_x_explained']:.0%} across, {found['displacement_y_explained']:.0%} up"
     )

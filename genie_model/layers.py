@@ -61,6 +61,8 @@ class Attention(nn.Module):
     kernel's backward is several times slower (5-9x, torch 2.13, bf16).
     """
 
+    root_K: Tensor
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.heads, self.head_dim = config.num_heads, config.head_dim
@@ -68,14 +70,20 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(config.d_model)
         self.qkv = nn.Linear(config.d_model, 3 * inner, bias=False)
         self.qk_scale = nn.Parameter(torch.ones(2, 1, config.head_dim)) if config.qk_norm else None
+        self.register_buffer("root_K", torch.full((config.head_dim,), config.head_dim**-0.25), persistent=False)
         self.out = nn.Linear(inner, config.d_model, bias=False)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """qk (..., 2, H, K) with QK norm (section 3) and v (..., H, K)."""
+        """qk (..., 2, H, K) and v (..., H, K).
+
+        With QK norm (section 3). Both share the scale of K^-1/2 that softmax attention has.
+        """
         qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
         qk, v = qkv[..., :2, :, :], qkv[..., 2, :, :]
         if self.qk_scale is not None:
-            qk = F.layer_norm(qk, (self.head_dim,)) * self.qk_scale.to(qk.dtype)
+            qk = F.layer_norm(qk, (self.head_dim,), self.root_K) * self.qk_scale.to(qk.dtype)
+        else:
+            qk = qk * self.head_dim**-0.25
         return qk, v
 
     def attend(self, q: Tensor, pieces: Pieces, bias: Tensor | None) -> Tensor:
@@ -83,11 +91,7 @@ class Attention(nn.Module):
 
         Keys and values may come in pieces, which are never joined: the past is not copied to look at it.
         """
-        q = q * self.head_dim**-0.5
-        if q.shape[-2] == 1:  # bfloat16 matmuls would copy a transposed k
-            scores = [(k @ q.transpose(-1, -2)).transpose(-1, -2) for k, _ in pieces]
-        else:
-            scores = [q @ k.transpose(-1, -2) for k, _ in pieces]
+        scores = [q @ k.transpose(-1, -2) for k, _ in pieces]
         joined = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
         if bias is not None:
             joined = joined + bias.to(joined.dtype)

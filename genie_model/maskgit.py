@@ -54,8 +54,7 @@ def sample_frame(
         if config.choice == "mean":
             sampled, confidence = nearest_to_mean(log_probs, codebook_VL)
         else:
-            noise = _gumbel(logits.shape, generators, device) if temperature > 0 else 0.0
-            sampled = (log_probs + noise).argmax(-1)
+            sampled = _draw(log_probs, generators) if temperature > 0 else log_probs.argmax(-1)
             confidence = log_probs.gather(-1, sampled[..., None]).squeeze(-1)
         sampled = torch.where(unknown, sampled, codes)
         if config.order == "random":
@@ -92,6 +91,18 @@ def _radical_inverse(n: int, base: int) -> float:
     return value
 
 
+def _draw(log_probs: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """(B, ..., V) -> (B, ...): the code at which the cumulated probability passes a uniform number, one a token."""
+    cumulated = log_probs.exp().cumsum(-1)
+    shape = log_probs.shape[:-1]
+    uniform = cumulated[..., -1] * _uniform(shape, generators, log_probs.device)
+    return torch.searchsorted(cumulated, uniform[..., None], right=True)[..., 0].clamp_max(log_probs.shape[-1] - 1)
+
+
+def _uniform(shape: tuple[int, ...], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+    drawn = torch.stack([torch.rand(shape[1:], generator=generator) for generator in generators])
+    return drawn.to(device).expand(shape)
+
+
 def _gumbel(shape: tuple[int, ...], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
-    uniform = torch.stack([torch.rand(shape[1:], generator=generator) for generator in generators]).to(device)
-    return -(-(uniform + 1e-10).log() + 1e-10).log().expand(shape)
+    return -(-(_uniform(shape, generators, device) + 1e-10).log() + 1e-10).log()

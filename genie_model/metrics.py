@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from sklearn.cluster import KMeans
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 Floats = NDArray[np.float64]
@@ -272,6 +273,17 @@ def explained_variance(latents_N: ArrayLike, truth_N: ArrayLike, levels_N: Array
     return bootstrap(_sum_by_level(np.concatenate([squares_N3, centred_NX], 1), levels_N), explained)
 
 
+def displacement_codes(dx_N: ArrayLike, dy_N: ArrayLike, num_codes: int) -> Ints:
+    """The codes of a quantizer that saw the true displacement itself: k-means of both axes, each of unit variance.
+
+    What they tell of the buttons is about all that latents can which name what moved on screen.
+    """
+    moved_N2 = np.stack([np.asarray(dx_N, np.float64), np.asarray(dy_N, np.float64)], 1)
+    moved_N2 /= moved_N2.std(0) + 1e-12
+    clusters = min(num_codes, len(np.unique(moved_N2, axis=0)))
+    return _ints(KMeans(clusters, n_init=4, random_state=0).fit_predict(moved_N2))
+
+
 def latents_beside_truth(
     latents_N: ArrayLike, actions_N: ArrayLike, dx_N: ArrayLike, dy_N: ArrayLike, levels_N: ArrayLike, num_actions: int
 ) -> dict[str, float]:
@@ -287,6 +299,9 @@ def latents_beside_truth(
             "lam_action_perplexity": code_perplexity(latents_N, num_actions),
             "direction_balanced_accuracy": map_balanced_accuracy(latents_N, direction_N, levels_N),
             "direction_chance": 1 / len(DIRECTIONS),
+            "direction_of_displacement": map_balanced_accuracy(
+                displacement_codes(dx_N, dy_N, num_actions), direction_N, levels_N
+            ),
             "action_accuracy": map_accuracy(latents_N, buttons_N, levels_N),
             "action_chance": majority_chance(buttons_N),
             "action_mutual_information_bits": mutual_information_bits(latents_N, buttons_N, levels_N),

@@ -124,12 +124,19 @@ def test_perfect_latents_score_one(rng, levels):
     latents = rng.permutation(9)[buttons]  # the names of the codes do not matter
     dx, dy = metrics.coinrun_direction(actions) - 1.0, buttons % 3 - 1.0
     read = metrics.latents_beside_truth(latents, actions, dx, dy, levels, 9)
-    assert read["direction_balanced_accuracy"] == 1
+    assert read["direction_balanced_accuracy"] == read["direction_of_displacement"] == 1
     assert read["action_accuracy"] == 1
     assert read["lam_action_usage"] == 1
     assert read["displacement_x_explained"] == pytest.approx(1)
     assert read["displacement_y_explained"] == pytest.approx(1)
     assert read["action_accuracy_ci95"] == 0
+
+
+def test_codes_of_the_true_displacement_know_its_clusters_on_any_scale(rng):
+    dx, dy = rng.integers(0, 3, 300), rng.integers(0, 2, 300)
+    codes = metrics.displacement_codes(dx * 1e-3, dy * 50.0, 6)
+    assert len(np.unique(codes)) == len({*zip(codes, dx, dy, strict=True)}) == 6
+    assert len(np.unique(metrics.displacement_codes(np.zeros(10), np.zeros(10), 6))) == 1
 
 
 def test_a_latent_of_one_axis_explains_that_axis_only(rng, levels):
