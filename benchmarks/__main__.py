@@ -114,7 +114,9 @@ def measure(config: str, what: str, run: Callable[[], object], frames: int, rows
     return Line(config, what, frames / seconds, seconds, repeats, flops, before, matmul_rate(rows))
 
 
-def training_step(module: torch.nn.Module, config: Config, stage: StageConfig) -> Callable[[], None]:
+def training_step(
+    module: torch.nn.Module, config: Config, stage: StageConfig, codes_BTNC: np.ndarray | None = None
+) -> Callable[[], None]:
     shape = (stage.batch_size, config.data.clip_length, *config.frame_shape)
     batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     module.to(native.device()).train()
@@ -122,7 +124,7 @@ def training_step(module: torch.nn.Module, config: Config, stage: StageConfig) -
 
     def run() -> None:
         with native.autocast(stage.precision):
-            loss, _ = module(native.to_unit_frames(batch))
+            loss, _ = module(*native.inputs(batch, codes_BTNC))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), stage.optimizer.clip_norm)
         optimizers.step()
@@ -139,12 +141,16 @@ def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]
         torch.manual_seed(0)
         return Genie(config)
 
-    def train(what: str, stage: StageConfig, tokenizer_alone: bool) -> Line:
+    def train(what: str, stage: StageConfig, tokenizer_alone: bool, cached_tokens: bool = False) -> Line:
         genie = model()
         module = genie.tokenizer if tokenizer_alone else genie
         genie.tokenizer.requires_grad_(tokenizer_alone)
-        frames = stage.batch_size * clip
-        return measure(name, what, training_step(module, config, stage), frames, TRAINING_ROWS)
+        codes_BTNC = None
+        if cached_tokens:
+            shape = (stage.batch_size, clip, genie.tokenizer.num_patches, config.tokenizer.codes_per_patch)
+            codes_BTNC = np.random.default_rng(0).integers(config.tokenizer.codebook.num_codes, size=shape)
+        step = training_step(module, config, stage, codes_BTNC)
+        return measure(name, what, step, stage.batch_size * clip, TRAINING_ROWS)
 
     def play(what: str, steps: int) -> Line:
         genie = model()
@@ -160,6 +166,8 @@ def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]
     yield what, functools.partial(train, what, tokenizer, tokenizer_alone=True)
     what = f"LAM + dynamics training step, {world.batch_size} x {clip} frames"
     yield what, functools.partial(train, what, world, tokenizer_alone=False)
+    what = "LAM + dynamics training step from cached tokens"
+    yield what, functools.partial(train, what, world, tokenizer_alone=False, cached_tokens=True)
     for steps in sorted({config.sampling.maskgit_steps, 8, 25}):
         what = f"played frame, {steps} MaskGIT steps, {clip - 1} frames of history"
         yield what, functools.partial(play, what, steps)

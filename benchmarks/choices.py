@@ -85,7 +85,7 @@ STUDIES: dict[str, Variants] = {
         "mean squared error (paper)": (*_SHORT, "lam.loss=mse"),
         "frames predicted, not moved (paper)": (*_SHORT, "lam.predict=frame"),
         "sees no motion (paper)": (*_SHORT, "lam.predict=frame", "lam.motion_rows=0", "lam.motion_columns=0"),
-        "patches of 8 pixels": (*_SHORT, "lam.patch_size=8"),
+        "patches of 16 pixels (paper)": (*_SHORT, "lam.patch_size=16"),
         "quantized from the start": (*_SHORT, "lam.codebook.continuous_steps=0"),
         "codes by gradient": (*_SHORT, "lam.codebook.learn=gradient"),
     },

@@ -36,7 +36,7 @@ def _demo() -> Config:
             codebook=CodebookConfig(num_codes=1024, commitment=0.05, normalised=False, learn="ema", ema_decay=0.99),
         ),
         lam=LAMConfig(
-            patch_size=16,
+            patch_size=8,
             encoder=shallow,
             decoder=shallow,
             codebook=CodebookConfig(num_codes=6, ema_decay=0.0, memory=4096, continuous_steps=200),
