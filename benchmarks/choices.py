@@ -16,8 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from benchmarks.long_session import detail, play
 from genie_model.checkpoint import load_model
 from genie_model.config import Config
 from genie_model.evaluate import HeldOut, measure, measure_play
@@ -41,18 +43,19 @@ def _steps(steps: int, *more: str) -> tuple[str, ...]:
     return (f"sampling.maskgit_steps={steps}", *more)
 
 
-_DRAW = ("sampling.choice=draw", "sampling.order_noise=4.5")
+_DRAW = ("sampling.choice=draw", "sampling.order_noise=4.5", "sampling.temperature=1")
 STUDIES: dict[str, Variants] = {
     "sampling": {
         "1 step (demo)": (),
         **{f"{n} steps": _steps(n) for n in (2, 4, 8, 12, 25)},
-        "1 step, temperature 0.8": ("sampling.temperature=0.8",),
-        "1 step, temperature 0.5": ("sampling.temperature=0.5",),
+        "1 step, temperature 1": ("sampling.temperature=1",),
+        "1 step, temperature 0.2": ("sampling.temperature=0.2",),
         "8 steps, random order": _steps(8, "sampling.order=random"),
         "8 steps, Halton order": _steps(8, "sampling.order=halton"),
         "8 steps, drawn (paper)": _steps(8, *_DRAW),
         "8 steps, drawn, temperature 1 to 0": _steps(8, *_DRAW, "sampling.last_temperature=0"),
         "8 steps, drawn, Halton order": _steps(8, *_DRAW, "sampling.order=halton"),
+        "8 steps, drawn at 0.5, Halton order": _steps(8, *_DRAW, "sampling.order=halton", "sampling.temperature=0.5"),
         "25 steps, drawn (paper)": _steps(25, *_DRAW),
         "1 step, bf16": ("sampling.precision=bf16",),
     },
@@ -100,6 +103,7 @@ COLUMNS = {
     "displacement_x_explained": "across",
     "displacement_y_explained": "up",
     "fvd_random3d": "fvd_random3d",
+    "detail_t128": "detail left after 128 frames",
     "frames_per_second": "played frames/s",
 }
 
@@ -109,7 +113,15 @@ def run(config: Config, data_uri: str, root_uri: str, held_out: HeldOut, samplin
     genie = load_model(train_world(config, data_uri, tokenizer_uri, root_uri))
     genie.config = config
     found = measure_play(config, genie, held_out) if sampling_alone else measure(config, genie, held_out).metrics
+    found |= {"detail_t128": detail_left(genie, held_out)}
     return found | {"frames_per_second": played_frames_per_second(genie, held_out)}
+
+
+def detail_left(genie: Genie, held_out: HeldOut, frames: int = 128, worlds: int = 16) -> float:
+    """How unlike neighbouring pixels are after so many frames under random actions, beside the prompt's."""
+    starts_BTHWC = np.stack([episode.frames_THWC[:1] for episode in held_out.episodes[:worlds]])
+    last_BHWC = [frame_BHWC for _, frame_BHWC in play(genie, starts_BTHWC, frames)][-1]
+    return detail(last_BHWC) / detail(starts_BTHWC[:, 0])
 
 
 def played_frames_per_second(genie: Genie, held_out: HeldOut) -> float:

@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image
 from benchmarks.__main__ import machine
 from genie_model import pictures
 from genie_model.checkpoint import load_model
+from genie_model.genie import Genie
 from genie_model.progress import bar
 
 SHOWN = (1, 16, 50, 100, 250, 500, 1000, 2000)
@@ -44,19 +46,13 @@ def main() -> None:
     starts = sorted(Path(arguments.model, "start_frames").glob("*.png"))[: arguments.worlds]
     if not starts:
         parser.error(f"no start frames in {arguments.model}: evaluate the model first, it writes them")
-    prompt_BTHWC = torch.from_numpy(np.stack([np.asarray(Image.open(path).convert("RGB")) for path in starts])[:, None])
-    state = genie.start(prompt_BTHWC, seed=range(len(starts)))
-    random, process = np.random.default_rng(0), psutil.Process()
-    seen, seconds, memory = {0: prompt_BTHWC[:, 0].numpy()}, [], []
-    for t in bar(range(arguments.frames), desc="play", unit="frame"):
-        if t % HELD == 0:
-            action_B = torch.from_numpy(random.integers(genie.config.num_actions, size=len(starts)))
-        began = time.perf_counter()
-        frame_BHWC = genie.step(state, action_B).numpy()
-        seconds.append(time.perf_counter() - began)
+    prompt_BTHWC = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in starts])[:, None]
+    process, seen, seconds, memory = psutil.Process(), {0: prompt_BTHWC[:, 0]}, [], []
+    for t, (took, frame_BHWC) in enumerate(play(genie, prompt_BTHWC, arguments.frames), 1):
+        seconds.append(took)
         memory.append(process.memory_info().rss / 2**20)
-        if t + 1 in SHOWN:
-            seen[t + 1] = frame_BHWC
+        if t in SHOWN:
+            seen[t] = frame_BHWC
     tenth = max(arguments.frames // 10, 1)
     found = {
         **machine(),
@@ -74,6 +70,18 @@ def main() -> None:
     Image.fromarray(picture).save(arguments.out.with_suffix(".png"))
     arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=2))
     print(json.dumps(found, indent=2))
+
+
+def play(genie: Genie, prompt_BTHWC: np.ndarray, frames: int) -> Iterator[tuple[float, np.ndarray]]:
+    """The seconds that each frame took, and the frames (B, H, W, 3), under random actions."""
+    state = genie.start(torch.from_numpy(prompt_BTHWC), seed=range(len(prompt_BTHWC)))
+    random = np.random.default_rng(0)
+    for t in bar(range(frames), desc="play", unit="frame"):
+        if t % HELD == 0:
+            action_B = torch.from_numpy(random.integers(genie.config.num_actions, size=len(prompt_BTHWC)))
+        began = time.perf_counter()
+        frame_BHWC = genie.step(state, action_B).numpy()
+        yield time.perf_counter() - began, frame_BHWC
 
 
 def detail(frames_BHWC: np.ndarray) -> float:
