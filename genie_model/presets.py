@@ -49,12 +49,10 @@ def _demo() -> Config:
             transformer=TransformerConfig(num_layers=8, d_model=128, num_heads=4, head_dim=32),
             code_vectors=True,
             clean_frames=0.5,
-            corrupt_tokens=0.5,
-            corrupt_by="own",
         ),
         sampling=SamplingConfig(maskgit_steps=1, choice="mean", temperature=0.5, order_noise=0.0),
         train_tokenizer=StageConfig(steps=800, batch_size=4, optimizer=tokenizer_rates, checkpoint_every=100),
-        train_world=StageConfig(steps=1300, batch_size=4, optimizer=world_rates, checkpoint_every=100),
+        train_world=StageConfig(steps=1400, batch_size=4, optimizer=world_rates, checkpoint_every=100),
         evaluation=EvaluationConfig(clips=128),
     )
 

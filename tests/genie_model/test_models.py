@@ -135,6 +135,27 @@ def test_corrupted_tokens_are_seen_but_never_the_target(monkeypatch: pytest.Monk
     assert sorted(targets[0].flatten().tolist()) == sorted(codes[:, 1:].flatten().tolist())
 
 
+def test_its_own_guesses_stand_in_for_frames_but_never_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Genie(CONFIG.with_overrides("dynamics.corrupt_tokens=1", "dynamics.corrupt_by=own")).dynamics
+    codes, guess = torch.randint(15, (8, 6, 16, 4)), 15  # a code that no frame has
+    monkeypatch.setattr(dynamics, "nearest_to_mean", lambda log_probs, _: (log_probs[..., 0].long() * 0 + guess, None))
+    seen: list[Tensor] = []
+    model.token_in.register_forward_hook(lambda module, args, output: seen.append(args[0] - model.slot_C))
+    loss, _ = model(codes, torch.zeros(8, 5, 32), torch.zeros(16, 32))
+    asked, trained = seen
+    whole = (asked == model.mask_token).flatten(2).all(-1)
+    assert whole.sum() == 8 * 5 // 2  # half of the frames are guessed, at one glance,
+    assert not whole[:, 0].any()
+    assert (trained[:, 0] == codes[:, 0]).all()
+    guessed = trained == guess
+    assert guessed.flatten(2).any(-1).sum() > 10
+    assert not guessed.flatten(2).any(-1)[~whole].any()  # and only they
+    assert (trained[~guessed & (trained != model.mask_token)] == codes[~guessed & (trained != model.mask_token)]).all()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert model.token_in.weight.grad is not None  # the guesses themselves pass no gradient, the loss does
+
+
 def test_time_is_attended_to_in_every_nth_block_alone() -> None:
     def layers(**fields: int) -> int:
         transformer = STTransformer(TransformerConfig(d_model=8, num_heads=1, head_dim=8, **fields), window=4)

@@ -10,6 +10,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "dynamics.code_vectors=true",
         "tokenizer.codebook.normalised=false",
         "tokenizer.codebook.learn=ema",
+        "dynamics.corrupt_tokens=0.5",
+        "dynamics.corrupt_by=own",
     ),
     "gradient codebooks": ("tokenizer.codebook.learn=gradient", "lam.codebook.learn=gradient"),
     "actions as tokens": ("dynamics.action=token", "dynamics.corrupt_tokens=0.2"),
