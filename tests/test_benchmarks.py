@@ -3,9 +3,10 @@
 import pytest
 
 from benchmarks.__main__ import Line
-from benchmarks.choices import STUDIES, table
+from benchmarks.choices import STUDIES, record, recorded, table
 from benchmarks.configs import CONFIGS
 from genie_model.presets import get_preset
+from genie_model.tracking import connect
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -20,6 +21,18 @@ def test_the_table_has_means_and_half_the_range_over_seeds():
     runs = {"a": [{"delta_psnr_t4": 1.0, "fvd_random3d": 0.5}, {"delta_psnr_t4": 2.0, "fvd_random3d": 0.5}]}
     assert table(runs).splitlines()[-1] == "| a | 2 | 1.5 ± 0.5 | 0.5 ± 0 |"
     assert table({"a": [{"delta_psnr_t4": 1.0}]}).splitlines()[-1] == "| a | 1 | 1 |"
+
+
+def test_of_each_variant_and_seed_the_newest_run_counts(tmp_path):
+    client = connect(f"sqlite:///{tmp_path}/runs.db")
+    experiment = client.create_experiment("choices-lam", artifact_location=str(tmp_path))
+    config = get_preset("tiny")
+    for variant, seed, value in [("demo", 0, 1.0), ("demo", 1, 2.0), ("patches of 16 pixels (paper)", 0, 9.0)]:
+        record(client, experiment, "lam", variant, config.with_overrides(f"seed={seed}"), {"delta_psnr_t4": value})
+    record(client, experiment, "lam", "demo", config, {"delta_psnr_t4": 3.0})
+    found = recorded(client, experiment, "lam")
+    assert list(found) == ["demo", "patches of 16 pixels (paper)"]  # in the study's order, without what has no run
+    assert sorted(run["delta_psnr_t4"] for run in found["demo"]) == [2.0, 3.0]
 
 
 def test_a_line_s_share_is_the_floor_s_part_of_the_time():
