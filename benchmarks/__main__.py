@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import platform
 import statistics
@@ -166,10 +167,10 @@ def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]
     yield what, functools.partial(train, what, tokenizer, tokenizer_alone=True)
     what = f"LAM + dynamics training step, {world.batch_size} x {clip} frames"
     yield what, functools.partial(train, what, world, tokenizer_alone=False)
-    what = "LAM + dynamics training step from cached tokens"
+    what = f"LAM + dynamics training step from cached tokens, {world.batch_size} x {clip} frames"
     yield what, functools.partial(train, what, world, tokenizer_alone=False, cached_tokens=True)
     for steps in sorted({config.sampling.maskgit_steps, 8, 25}):
-        what = f"played frame, {steps} MaskGIT steps, {clip - 1} frames of history"
+        what = f"played frame, {steps} MaskGIT step{'s' if steps > 1 else ''}, {clip - 1} frames of history"
         yield what, functools.partial(play, what, steps)
 
 
@@ -192,6 +193,10 @@ def machine() -> dict[str, object]:
     }
 
 
+def _named(text: str, words: list[str]) -> bool:
+    return all(word in text for word in words)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -200,20 +205,28 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("build/benchmarks.json"))
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="config fields, for every config")
     arguments = parser.parse_args()
+    try:
+        configs = {name: make().with_overrides(*arguments.overrides) for name, make in CONFIGS.items()}
+    except ValueError as error:
+        parser.error(str(error))
+    asked = {
+        name: [(what, run) for what, run in lines(name, config) if _named(f"{name} {what}", arguments.only)]
+        for name, config in configs.items()
+    }
+    started = [name for name in configs if _named(f"{name} first", arguments.only)]
+    if not started and not any(asked.values()):
+        parser.error(f"nothing is called {' '.join(arguments.only)}")
     native.keep_freed_memory()
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     print(HEADER)
     measured: list[Line] = []
-    for name, make in CONFIGS.items():
-        for what, run in lines(name, make().with_overrides(*arguments.overrides)):
-            if all(word in f"{name} {what}" for word in arguments.only):
-                measured.append(run())
-                print(measured[-1].row(), flush=True)
+    for _, run in itertools.chain.from_iterable(asked.values()):
+        measured.append(run())
+        print(measured[-1].row(), flush=True)
     first = {}
-    for name, make in CONFIGS.items():
-        if all(word in f"{name} first" for word in arguments.only):
-            first[name] = first_frame_seconds(make().with_overrides(*arguments.overrides))
-            print(f"{name}: {first[name]:.1f} s from starting to import torch to the first played frame", flush=True)
+    for name in started:
+        first[name] = first_frame_seconds(configs[name])
+        print(f"{name}: {first[name]:.1f} s from starting to import torch to the first played frame", flush=True)
     rows = [asdict(line) | {"floor": line.floor, "share": line.share} for line in measured]
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({"machine": machine(), "lines": rows, "first_frame_seconds": first}, indent=2))

@@ -11,8 +11,10 @@ over seeds, and of more than one seed half of their range.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,18 @@ import numpy as np
 import torch
 
 from benchmarks.long_session import detail, play
+from genie_model import evaluate, train
 from genie_model.checkpoint import load_model
 from genie_model.config import Config
-from genie_model.evaluate import HeldOut, measure, measure_play
+from genie_model.data.held_out import HeldOut
+from genie_model.evaluate import measure, measure_play
 from genie_model.genie import Genie
 from genie_model.presets import get_preset
+from genie_model.source import code_digest
 from genie_model.tracking import connect
 from genie_model.train import train_tokenizer, train_world
 
+_CODE = sorted({*evaluate._CODE, *train._GENIE_CODE})
 Variants = dict[str, tuple[str, ...]]
 _SHORT = (  # of a study that trains: a few minutes a run on one core
     "train_tokenizer.steps=300",
@@ -36,6 +42,8 @@ _SHORT = (  # of a study that trains: a few minutes a run on one core
     "train_world.batch_size=2",
     "evaluation.clips=64",
     "evaluation.probe_steps=1",  # the supervised bound is the data's: measured once, elsewhere
+    "lam.patch_size=16",  # as demo was when these studies were run
+    "sampling.temperature=1",
 )
 
 
@@ -61,12 +69,16 @@ STUDIES: dict[str, Variants] = {
         "25 steps, drawn (paper)": _steps(25, *_DRAW),
     },
     "dynamics": {
-        "demo": _SHORT,
+        "base": _SHORT,
         "action as a token": (*_SHORT, "dynamics.action=token"),
         "all frames masked (paper)": (*_SHORT, "dynamics.clean_frames=0"),
         "a quarter of frames clean": (*_SHORT, "dynamics.clean_frames=0.25"),
         "up to 20% random tokens": (*_SHORT, "dynamics.corrupt_tokens=0.2"),
-        "up to 50% its own guesses": (*_SHORT, "dynamics.corrupt_tokens=0.5", "dynamics.corrupt_by=own"),
+        "up to 50% its own guesses, in half of the frames": (
+            *_SHORT,
+            "dynamics.corrupt_tokens=0.5",
+            "dynamics.corrupt_by=own",
+        ),
         "codes as indices alone (paper)": (*_SHORT, "dynamics.code_vectors=false"),
         "time in every second block": (*_SHORT, "dynamics.transformer.temporal_every=2"),
         "time in every fourth block": (*_SHORT, "dynamics.transformer.temporal_every=4"),
@@ -78,18 +90,18 @@ STUDIES: dict[str, Variants] = {
         ),
     },
     "tokenizer": {
-        "demo": _SHORT,
+        "base": _SHORT,
         "codes by gradient": (*_SHORT, "tokenizer.codebook.learn=gradient"),
         "codes by k-means of 8,192 latents": (*_SHORT, "tokenizer.codebook.learn=kmeans"),
         "no revival": (*_SHORT, "tokenizer.codebook.min_share=0"),
         "latents normalised": (*_SHORT, "tokenizer.codebook.normalised=true"),
     },
     "lam": {
-        "demo": _SHORT,
+        "base": _SHORT,
         "mean squared error (paper)": (*_SHORT, "lam.loss=mse"),
         "frames predicted, not moved (paper)": (*_SHORT, "lam.predict=frame"),
         "sees no motion (paper)": (*_SHORT, "lam.predict=frame", "lam.motion_rows=0", "lam.motion_columns=0"),
-        "patches of 16 pixels (paper)": (*_SHORT, "lam.patch_size=16"),
+        "patches of 8 pixels (demo)": (*_SHORT, "lam.patch_size=8"),
         "quantized from the start": (*_SHORT, "lam.codebook.continuous_steps=0"),
         "codes by gradient": (*_SHORT, "lam.codebook.learn=gradient"),
     },
@@ -137,8 +149,15 @@ def played_frames_per_second(genie: Genie, held_out: HeldOut) -> float:
     return 1 / statistics.median(times[2:])
 
 
-def record(client: Any, experiment_id: str, study: str, variant: str, config: Config, found: dict[str, float]) -> None:
-    tags = {"variant": variant, "seed": str(config.seed), "study": study}
+def budget(study: str, overrides: Sequence[str], held_out: HeldOut) -> str:
+    """A digest of all that the runs of one table share: the study, the config beside it, the data and the code."""
+    shared = get_preset("demo").with_overrides(*overrides)
+    text = f"{STUDIES[study]} {shared.to_json()} {held_out.digest} {code_digest(_CODE)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def record(client: Any, experiment_id: str, variant: str, budget: str, config: Config, found: dict[str, float]) -> None:
+    tags = {"variant": variant, "seed": str(config.seed), "budget": budget}
     run_id = client.create_run(experiment_id, tags=tags, run_name=f"{variant}, seed {config.seed}").info.run_id
     for key, value in config.flat().items():
         client.log_param(run_id, key, value)
@@ -147,12 +166,12 @@ def record(client: Any, experiment_id: str, study: str, variant: str, config: Co
     client.set_terminated(run_id)
 
 
-def recorded(client: Any, experiment_id: str, study: str) -> dict[str, list[dict[str, float]]]:
-    """The metrics of every variant's finished runs, the newest of each seed."""
+def recorded(client: Any, experiment_id: str, study: str, budget: str) -> dict[str, list[dict[str, float]]]:
+    """The metrics of every variant's finished runs at this budget, the newest of each seed."""
     found: dict[str, dict[str, dict[str, float]]] = {variant: {} for variant in STUDIES[study]}
-    finished = "attributes.status = 'FINISHED'"
+    finished = f"attributes.status = 'FINISHED' and tags.budget = '{budget}'"
     for run in client.search_runs([experiment_id], finished, order_by=["attributes.start_time"]):
-        found.setdefault(run.data.tags["variant"], {})[run.data.tags["seed"]] = run.data.metrics
+        found[run.data.tags["variant"]][run.data.tags["seed"]] = run.data.metrics
     return {variant: list(by_seed.values()) for variant, by_seed in found.items() if by_seed}
 
 
@@ -182,19 +201,23 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="config fields, for every variant")
     parser.add_argument("--out", type=Path, help="where to write the table; default build/choices-STUDY.md")
     arguments = parser.parse_args()
-    out = arguments.out or Path(f"build/choices-{arguments.study}.md")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    client, study = connect(arguments.tracking_uri), arguments.study
+    study, out = arguments.study, arguments.out or Path(f"build/choices-{arguments.study}.md")
+    try:
+        held_out = HeldOut.open(f"{arguments.data}/eval")
+        same = budget(study, arguments.overrides, held_out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        client = connect(arguments.tracking_uri)
+    except ValueError as error:
+        parser.error(str(error))
     experiment = client.get_experiment_by_name(f"choices-{study}")
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(f"choices-{study}")
-    held_out = HeldOut.open(f"{arguments.data}/eval")
     for seed in arguments.seeds:
         for variant, overrides in STUDIES[study].items():
             config = get_preset("demo").with_overrides(f"seed={seed}", *overrides, *arguments.overrides)
             print(f"--- {variant}, seed {seed}", flush=True)
             found = run(config, arguments.data, arguments.root, held_out, study == "sampling")
-            record(client, experiment_id, study, variant, config, found)
-            out.write_text(table(recorded(client, experiment_id, study)) + "\n")
+            record(client, experiment_id, variant, same, config, found)
+            out.write_text(table(recorded(client, experiment_id, study, same)) + "\n")
     print(out.read_text())
     print(f"written to {out}")
 

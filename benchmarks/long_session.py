@@ -36,13 +36,16 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="a folder with config.json, model.safetensors and start_frames/")
-    parser.add_argument("--frames", type=int, default=2000)
-    parser.add_argument("--worlds", type=int, default=4)
+    parser.add_argument("--frames", type=_positive, default=2000)
+    parser.add_argument("--worlds", type=_positive, default=4)
     parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="e.g. sampling.maskgit_steps=4")
     parser.add_argument("--out", type=Path, default=Path("build/long_session"))
     arguments = parser.parse_args()
-    genie = load_model(arguments.model)
-    genie.config = genie.config.with_overrides(*arguments.overrides)
+    try:
+        genie = load_model(arguments.model)
+        genie.config = genie.config.with_overrides(*arguments.overrides)
+    except ValueError as error:
+        parser.error(str(error))
     starts = sorted(Path(arguments.model, "start_frames").glob("*.png"))[: arguments.worlds]
     if not starts:
         parser.error(f"no start frames in {arguments.model}: evaluate the model first, it writes them")
@@ -70,6 +73,12 @@ def main() -> None:
     Image.fromarray(picture).save(arguments.out.with_suffix(".png"))
     arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=2))
     print(json.dumps(found, indent=2))
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
 
 
 def play(genie: Genie, prompt_BTHWC: np.ndarray, frames: int) -> Iterator[tuple[float, np.ndarray]]:

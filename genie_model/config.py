@@ -133,7 +133,7 @@ class DynamicsConfig(ConfigNode):
         0.0, ge=0, le=1, description="at most this share of known tokens, drawn for each clip, become wrong ones"
     )
     corrupt_by: Literal["random", "own"] = Field(
-        "random", description="codes at random, or what the model itself now guesses of half of the frames"
+        "random", description="codes at random; or, in half of the frames, what the model itself now guesses"
     )
     mask_rate_min: float = Field(0.5, ge=0, le=1)
     mask_rate_max: float = Field(1.0, ge=0, le=1)

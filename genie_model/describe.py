@@ -31,12 +31,15 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def training_cost(module: nn.Module, config: Config, batch_size: int, precision: str) -> Cost:
-    """Traces the step of one clip; a batch costs `batch_size` of them."""
-    clip_BTHWC = torch.zeros(1, config.data.clip_length, *config.frame_shape)
+    """Traces the step of one clip, without the optimizer; a batch costs `batch_size` of them."""
+    inputs = [torch.zeros(1, config.data.clip_length, *config.frame_shape)]
+    if config.cached_tokens and isinstance(module, Genie):
+        shape = (1, config.data.clip_length, module.tokenizer.num_patches, config.tokenizer.codes_per_patch)
+        inputs.append(torch.zeros(shape, dtype=torch.long))
     module.train()
     with FlopCounterMode(display=False) as counter, _kept_bytes(module) as kept:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss, _ = module(clip_BTHWC)
+            loss, _ = module(*inputs)
         loss.backward()
     module.zero_grad(set_to_none=True)
     return Cost(counter.get_total_flops() * batch_size, sum(kept.values()) * batch_size)

@@ -71,9 +71,7 @@ class DynamicsModel(nn.Module):
         rate_B = low + (high - low) * torch.rand(B, 1, 1, 1, device=device)
         mask_BTNC = torch.rand(codes_BTNC.shape, device=device) < rate_B
         # A fixed number of frames of the whole batch are masked, so that shapes do not change from step to step.
-        dirty = max(round((1 - self.config.clean_frames) * B * (T - 1)), 1)
-        dirty_F = torch.randperm(B * (T - 1), device=device)[:dirty]
-        dirty_F = dirty_F // (T - 1) * T + dirty_F % (T - 1) + 1  # indices into the B * T frames, never a first one
+        dirty_F = _some_frames(B, T, 1 - self.config.clean_frames, device)
         mask_FNC = mask_BTNC.flatten(0, 1)[dirty_F]
         mask_BTNC = torch.zeros_like(mask_BTNC).flatten(0, 1).index_copy(0, dirty_F, mask_FNC).view_as(mask_BTNC)
         actions_BTL = F.pad(actions_BTL.detach(), (0, 0, 1, 0))
@@ -114,7 +112,10 @@ class DynamicsModel(nn.Module):
         return hidden_BTND[:, :, -self.position.shape[0] :]
 
     def _corrupt(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor) -> Tensor:
-        """Some known tokens become wrong ones, so that play's own errors are nothing new (Valevski et al., 2024)."""
+        """Some known tokens become wrong ones, so that errors in play's past are nothing new (Valevski et al., 2024).
+
+        Those of all frames become random codes, or those of half of the frames the model's guesses.
+        """
         if not self.config.corrupt_tokens:
             return codes_BTNC
         rate_B111 = self.config.corrupt_tokens * torch.rand(len(codes_BTNC), 1, 1, 1, device=codes_BTNC.device)
@@ -130,9 +131,8 @@ class DynamicsModel(nn.Module):
 
         Where two of them follow each other, the second rests on what is only guessed, as in play.
         """
-        (B, T), device = codes_BTNC.shape[:2], codes_BTNC.device
-        dreamt_F = torch.randperm(B * (T - 1), device=device)[: max(B * (T - 1) // 2, 1)]
-        dreamt_F = dreamt_F // (T - 1) * T + dreamt_F % (T - 1) + 1
+        B, T = codes_BTNC.shape[:2]
+        dreamt_F = _some_frames(B, T, 0.5, codes_BTNC.device)
         flat_FNC = codes_BTNC.flatten(0, 1)
         masked_BTNC = flat_FNC.index_fill(0, dreamt_F, self.mask_token).view_as(codes_BTNC)
         hidden_FND = self.hidden(masked_BTNC, actions_BTL, codebook_VL).flatten(0, 1)[dreamt_F]
@@ -140,6 +140,7 @@ class DynamicsModel(nn.Module):
             nearest_to_mean(self.logits(hidden_ND, codebook_VL).float().log_softmax(-1), codebook_VL)[0]
             for hidden_ND in hidden_FND  # a frame at a time: its logits stay in the CPU's cache
         ]
+        torch.clear_autocast_cache()  # it holds the weights' casts without their graph (pytorch#112583)
         return flat_FNC.index_copy(0, dreamt_F, torch.stack(guessed)).view_as(codes_BTNC)
 
     def logits(self, hidden_BTND: Tensor, codebook_VL: Tensor) -> Tensor:
@@ -157,6 +158,12 @@ class DynamicsModel(nn.Module):
             return self.logits_out.weight
         vectors_CLD = self.vectors_out.weight.view(self.codes_per_patch, *codebook_VL.shape[1:], -1)
         return self.logits_out.weight + (codebook_VL @ vectors_CLD).flatten(0, 1)
+
+
+def _some_frames(B: int, T: int, share: float, device: torch.device) -> Tensor:
+    """That share of the B * T frames, at random, never a first one: indices into all of them, as many every time."""
+    chosen_F = torch.randperm(B * (T - 1), device=device)[: max(round(share * B * (T - 1)), 1)]
+    return chosen_F // (T - 1) * T + chosen_F % (T - 1) + 1
 
 
 def nearest_to_mean(log_probs: Tensor, codebook_VL: Tensor) -> tuple[Tensor, Tensor]:

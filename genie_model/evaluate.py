@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 from genie_model import files, metrics, pictures
 from genie_model.checkpoint import load_model
 from genie_model.config import Config
+from genie_model.data.held_out import HeldOut
 from genie_model.data.store import VideoStore
-from genie_model.data.truth import PrivilegedTruth
 from genie_model.genie import Genie
 from genie_model.metrics import Estimate, VideoFeatures
 from genie_model.probe import supervised_bound
@@ -30,6 +30,7 @@ from genie_model.video_features import I3DFeatures, Random3DFeatures
 _BATCH = 16  # clips at a time
 _CODE = (  # what decides the figures of given weights
     "backend/native.py",
+    "data/held_out.py",
     "data/store.py",
     "data/truth.py",
     "dynamics.py",
@@ -130,64 +131,6 @@ def save_start_frames(model_uri: str, data_uri: str, config: Config, count: int 
     return uris
 
 
-# --- the held-out levels ---
-
-
-class Episode(NamedTuple):
-    """`action_T[t]` leads from frame t to t + 1, one fewer than frames; positions are in cells of the level's grid."""
-
-    level: int
-    frames_THWC: Frames
-    action_T: NDArray[np.int64]
-    x_T: NDArray[np.float64]
-    y_T: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The held-out episodes in memory, in order of level, with what really happened in them."""
-
-    uri: str
-    episodes: list[Episode]
-
-    @classmethod
-    def open(cls, uri: str) -> HeldOut:
-        store, truth = VideoStore.open(uri), PrivilegedTruth.open(uri)
-        episodes = []
-        for number, length in enumerate(store.episode_lengths):
-            true = truth.episode(number)
-            frames_THWC = store.frames(number, 0, int(length))
-            episodes.append(Episode(true["level_seed"], frames_THWC, true["action"], true["agent_x"], true["agent_y"]))
-        return cls(uri, sorted(episodes, key=lambda episode: episode.level))
-
-    def windows(self, length: int, stride: int) -> list[tuple[Episode, int]]:
-        """Every (episode, start) whose `length` frames lie within the episode, in order of level and time."""
-        found = [
-            (episode, start)
-            for episode in self.episodes
-            for start in range(0, len(episode.frames_THWC) - length + 1, stride)
-        ]
-        if len({episode.level for episode, _ in found}) < 2:
-            raise ValueError(
-                f"fewer than 2 levels of {self.uri} have {length} frames in one episode: lower data.clip_length, "
-                "or raise data.eval_levels or data.eval_steps_per_level and collect again"
-            )
-        return found
-
-    def clips(self, length: int, count: int, seed: int) -> tuple[Frames, NDArray[np.int64]]:
-        """Up to `count` clips, none overlapping, spread evenly over levels: uint8 (B, T, H, W, 3) and their levels."""
-        windows = self.windows(length, stride=length)
-        turns: dict[int, int] = {}
-        order = []  # (how many clips of its level came before, clip)
-        for index in np.random.default_rng(seed).permutation(len(windows)):
-            level = windows[index][0].level
-            turns[level] = turns.get(level, -1) + 1
-            order.append((turns[level], int(index)))
-        chosen = [windows[index] for _, index in sorted(order)[:count]]
-        frames_BTHWC = np.stack([episode.frames_THWC[start : start + length] for episode, start in chosen])
-        return frames_BTHWC, np.array([episode.level for episode, _ in chosen])
-
-
 # --- the parts of a Genie ---
 
 
@@ -285,12 +228,28 @@ def _measure_latent_actions(
     dy_N = np.concatenate([np.diff(episode.y_T[start : start + length]) for episode, start in windows])
     levels_N = np.repeat([episode.level for episode, _ in windows], length - 1)
     found.update(metrics.latents_beside_truth(latents_N, actions_N, dx_N, dy_N, levels_N, config.num_actions))
+    for axis in ("x", "y"):
+        change_N = np.concatenate([_change(getattr(e, f"{axis}_T"), start, length) for e, start in windows])
+        known_N = np.isfinite(change_N)
+        found[f"displacement_change_{axis}_explained"] = metrics.explained_variance(
+            latents_N[known_N], change_N[known_N], levels_N[known_N]
+        )
     found["direction_supervised_bound"] = _direction_bound(held_out, config)
 
     directions_N = metrics.coinrun_direction(actions_N)
     table_AC = metrics.contingency_table(latents_N, directions_N, config.num_actions, len(metrics.DIRECTIONS))
     rows = [f"action {a + 1} ({share:.0%} of all)" for a, share in enumerate(table_AC.sum(axis=1) / table_AC.sum())]
     drawn["actions_beside_truth"] = pictures.share_table(table_AC, rows, metrics.DIRECTIONS)
+
+
+def _change(place_T: NDArray[np.float64], start: int, length: int) -> NDArray[np.float64]:
+    """By how much each displacement between frames start..start + length - 1 differs from the one before it.
+
+    An episode's first has none before it: NaN.
+    """
+    if start:
+        return np.diff(place_T[start - 1 : start + length], n=2)
+    return np.diff(place_T[:length], n=2, prepend=np.nan)
 
 
 def _direction_bound(held_out: HeldOut, config: Config) -> Estimate:

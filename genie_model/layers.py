@@ -61,7 +61,7 @@ class Attention(nn.Module):
     kernel's backward is several times slower (5-9x, torch 2.13, bf16).
     """
 
-    root_K: Tensor
+    scale_K: Tensor  # K^-1/4, of both queries and keys: their products have softmax attention's K^-1/2
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -70,18 +70,15 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(config.d_model)
         self.qkv = nn.Linear(config.d_model, 3 * inner, bias=False)
         self.qk_scale = nn.Parameter(torch.ones(2, 1, config.head_dim)) if config.qk_norm else None
-        self.register_buffer("root_K", torch.full((config.head_dim,), config.head_dim**-0.25), persistent=False)
+        self.register_buffer("scale_K", torch.full((config.head_dim,), config.head_dim**-0.25), persistent=False)
         self.out = nn.Linear(inner, config.d_model, bias=False)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """qk (..., 2, H, K) and v (..., H, K).
-
-        With QK norm (section 3). Both share the scale of K^-1/2 that softmax attention has.
-        """
+        """qk (..., 2, H, K), normalised where the config says so (section 3) and scaled, and v (..., H, K)."""
         qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
         qk, v = qkv[..., :2, :, :], qkv[..., 2, :, :]
         if self.qk_scale is not None:
-            qk = F.layer_norm(qk, (self.head_dim,), self.root_K) * self.qk_scale.to(qk.dtype)
+            qk = F.layer_norm(qk, (self.head_dim,), self.scale_K) * self.qk_scale.to(qk.dtype)
         else:
             qk = qk * self.head_dim**-0.25
         return qk, v

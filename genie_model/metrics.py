@@ -276,7 +276,7 @@ def explained_variance(latents_N: ArrayLike, truth_N: ArrayLike, levels_N: Array
 def displacement_codes(dx_N: ArrayLike, dy_N: ArrayLike, num_codes: int) -> Ints:
     """The codes of a quantizer that saw the true displacement itself: k-means of both axes, each of unit variance.
 
-    What they tell of the buttons is about all that latents can which name what moved on screen.
+    One quantizer's result, not a bound: what latents may be expected to tell that name what moved on screen.
     """
     moved_N2 = np.stack([np.asarray(dx_N, np.float64), np.asarray(dy_N, np.float64)], 1)
     moved_N2 /= moved_N2.std(0) + 1e-12

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 import zstandard
 from numpy.typing import NDArray
+from safetensors.torch import save as save_tensors
 
 from genie_model.backend import native
 from genie_model.config import Config
-from genie_model.data.shards import CHUNK_FRAMES, Episode, has_index, missing_shards, write_index, write_shard
+from genie_model.data.shards import CHUNK_FRAMES, Episode, missing_shards, write_index, write_shard
 from genie_model.data.store import VideoStore
 from genie_model.progress import bar, summary
 from genie_model.source import code_digest
@@ -21,18 +22,17 @@ _CODE = ("backend/native.py", "layers.py", "quantizer.py", "tokenizer.py", "toke
 _BATCH = 16  # clips at a time
 
 
-def tokens_of(
-    config: Config, store: VideoStore, tokenizer: VideoTokenizer, tokenizer_uri: str, root_uri: str
-) -> VideoStore:
+def tokens_of(config: Config, store: VideoStore, tokenizer: VideoTokenizer, root_uri: str) -> VideoStore:
     """The tokens of every clip that starts at a multiple of `data.clip_length`, made now unless they lie there already.
 
     A frame of this data set is (N, C, 2) bytes, its codes as little-endian uint16; episode i is episode i of `store`,
     up to its last whole clip. A clip is encoded by itself, as in play: its codes have seen nothing before its start.
     """
     clip, precision = config.data.clip_length, config.train_world.precision
-    asked = f"{tokenizer_uri.rstrip('/').rpartition('/')[2]} {store.digest} {clip} {precision}"
-    name = f"tokens-{hashlib.sha256(asked.encode()).hexdigest()[:12]}-{code_digest(_CODE)}"
-    uri = f"{root_uri}/tokens/{name}"
+    # By the weights, not by where they lie: a tokenizer that was trained again is another one.
+    weights = save_tensors({key: value.detach().cpu().contiguous() for key, value in tokenizer.state_dict().items()})
+    asked = hashlib.sha256(weights + f"{config.tokenizer} {store.digest} {clip} {precision}".encode()).hexdigest()
+    uri = f"{root_uri}/tokens/tokens-{asked[:12]}-{code_digest(_CODE)}"
     missing = missing_shards(uri, store.num_shards)
     tokenizer.to(native.device()).eval()
     frame_shape = (tokenizer.num_patches, config.tokenizer.codes_per_patch, 2)
@@ -42,8 +42,7 @@ def tokens_of(
             episodes = [_compress(codes_TNC) for codes_TNC in codes]
             write_shard(uri, shard, episodes, frame_shape, truth={})
             progress.update(_frames(store, shard, clip))
-    if missing or not has_index(uri):
-        write_index(uri, store.num_shards, {**store.meta, "frame_shape": list(frame_shape)})
+    write_index(uri, store.num_shards, {**store.meta, "source": "tokens", "frame_shape": list(frame_shape)})
     summary("tokenize", f"{'made' if missing else 'reused'} {uri}")
     return VideoStore.open(uri)
 

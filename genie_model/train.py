@@ -1,4 +1,4 @@
-"""The one trainer. A model is anything whose `forward(clips in [0, 1])` gives (loss, logs).
+"""The one trainer. A model is anything whose `forward(clips in [0, 1])` gives (loss, logs); it may take codes too.
 
 A step is a pure function of (config, data, step): the batch, the learning rate and the random numbers all derive from
 the step's number. So a run that was killed and started again ends in the very weights of one that was not.
@@ -30,6 +30,7 @@ from genie_model.tokens import tokens_of
 _TOKENIZER_CODE = (
     "backend/native.py",
     "data/loader.py",
+    "data/store.py",
     "layers.py",
     "optim.py",
     "quantizer.py",
@@ -74,7 +75,7 @@ def train_world(config: Config, data_uri: str, tokenizer_uri: str, root_uri: str
     genie.tokenizer.requires_grad_(False)
 
     def loader() -> ClipLoader:
-        tokens = tokens_of(config, store, tokenizer, tokenizer_uri, root_uri) if config.cached_tokens else None
+        tokens = tokens_of(config, store, tokenizer, root_uri) if config.cached_tokens else None
         return _loader(store, config, config.train_world, tokens)
 
     return _train("train-world", name, genie, genie, config.train_world, loader, root_uri, log)

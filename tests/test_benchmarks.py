@@ -2,6 +2,8 @@
 
 import pytest
 
+import benchmarks.__main__
+from benchmarks import choices, long_session
 from benchmarks.__main__ import Line
 from benchmarks.choices import STUDIES, record, recorded, table
 from benchmarks.configs import CONFIGS
@@ -23,16 +25,39 @@ def test_the_table_has_means_and_half_the_range_over_seeds():
     assert table({"a": [{"delta_psnr_t4": 1.0}]}).splitlines()[-1] == "| a | 1 | 1 |"
 
 
-def test_of_each_variant_and_seed_the_newest_run_counts(tmp_path):
+def test_of_each_variant_and_seed_the_newest_run_of_the_same_budget_counts(tmp_path):
     client = connect(f"sqlite:///{tmp_path}/runs.db")
     experiment = client.create_experiment("choices-lam", artifact_location=str(tmp_path))
     config = get_preset("tiny")
-    for variant, seed, value in [("demo", 0, 1.0), ("demo", 1, 2.0), ("patches of 16 pixels (paper)", 0, 9.0)]:
-        record(client, experiment, "lam", variant, config.with_overrides(f"seed={seed}"), {"delta_psnr_t4": value})
-    record(client, experiment, "lam", "demo", config, {"delta_psnr_t4": 3.0})
-    found = recorded(client, experiment, "lam")
-    assert list(found) == ["demo", "patches of 16 pixels (paper)"]  # in the study's order, without what has no run
-    assert sorted(run["delta_psnr_t4"] for run in found["demo"]) == [2.0, 3.0]
+    for variant, budget, seed, value in [
+        ("base", "short", 0, 1.0),
+        ("base", "short", 1, 2.0),
+        ("codes by gradient", "short", 0, 9.0),
+        ("base", "long", 0, 7.0),
+        ("base", "short", 0, 3.0),
+    ]:
+        record(client, experiment, variant, budget, config.with_overrides(f"seed={seed}"), {"delta_psnr_t4": value})
+    found = recorded(client, experiment, "lam", "short")
+    assert list(found) == ["base", "codes by gradient"]  # in the study's order, without what has no run
+    assert sorted(run["delta_psnr_t4"] for run in found["base"]) == [2.0, 3.0]
+
+
+def test_what_is_wrong_is_said_in_a_line_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    missing = ["--data", str(tmp_path / "nothing"), "--root", str(tmp_path)]
+    for program, arguments, said in [
+        (choices, ["lam", *missing], "there is no data set"),
+        (benchmarks.__main__, ["--set", "sampling.temprature=1"], "did you mean 'sampling.temperature'"),
+        (benchmarks.__main__, ["--only", "nosuch"], "nothing is called nosuch"),
+        (long_session, [str(tmp_path / "nothing")], "no model at"),
+        (long_session, [str(tmp_path), "--worlds", "0"], "at least 1"),
+    ]:
+        monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            program.main()
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_line_s_share_is_the_floor_s_part_of_the_time():

@@ -28,6 +28,7 @@ class VideoStore:
         self.uri = uri
         self.digest = digest
         self.meta = index["meta"]
+        self._maker = "train_world" if self.meta["source"] == "tokens" else "collect"
         self._fs, self._root = url_to_fs(uri)
         self._shards = index["shards"]
         self._episodes = [(i, episode) for i, shard in enumerate(index["shards"]) for episode in shard["episodes"]]
@@ -43,7 +44,7 @@ class VideoStore:
             size = sizes.get(shard["name"])
             if size != shard["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
-                raise ValueError(f"{uri}/{shard['name']} {found}: run collect again, it remakes only that")
+                raise ValueError(f"{uri}/{shard['name']} {found}: run {store._maker} again, it remakes only that")
         return store
 
     @property
@@ -109,7 +110,7 @@ class VideoStore:
 
     def _damaged(self, shard: int) -> str:
         path = f"{self.uri}/{self._shards[shard]['name']}"
-        return f"{path} is damaged: delete it and run collect again, it remakes only that"
+        return f"{path} is damaged: delete it and run {self._maker} again, it remakes only that"
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         with open(self._local_path(shard), "rb") as file:

@@ -26,7 +26,8 @@ from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 from genie_model import files
 from genie_model.checkpoint import load_model
 from genie_model.config import Config
-from genie_model.evaluate import HeldOut, measure, measured_on
+from genie_model.data.held_out import HeldOut
+from genie_model.evaluate import measure, measured_on
 from genie_model.progress import summary
 from genie_model.tracking.runs import StepRun, connect
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from genie_model import evaluate as evaluation
 from genie_model.checkpoint import save_model
 from genie_model.data.coinrun import collect
+from genie_model.data.held_out import Episode, HeldOut
 from genie_model.data.store import VideoStore
-from genie_model.evaluate import Episode, HeldOut, evaluate, measure, measure_play
+from genie_model.evaluate import evaluate, measure, measure_play
 from genie_model.files import read
 from genie_model.genie import Genie
 from genie_model.presets import get_preset
@@ -85,7 +86,7 @@ def held_out():
         frames = np.stack([texture[:, begin : begin + SIZE] for begin in x])
         action = 3 * direction + rng.integers(0, 3, FRAMES - 1)
         episodes.append(Episode(level, frames, action, x.astype(float), rng.normal(size=FRAMES)))
-    return HeldOut("memory://scrolling", episodes)
+    return HeldOut("memory://scrolling", "none", episodes)
 
 
 class ScrollingWorld:
@@ -252,3 +253,10 @@ def test_missing_model_or_data_is_one_clear_error(real, tmp_path):
         evaluate(CONFIG, f"{tmp_path}/nothing", data_uri)
     with pytest.raises(ValueError, match="collect"):
         evaluate(CONFIG, model_uri, f"{tmp_path}/nothing")
+
+
+def test_a_displacement_s_change_is_from_the_one_before_it_also_across_windows() -> None:
+    place_T = np.array([0.0, 1.0, 3.0, 6.0, 6.0, 5.0])
+    first, second = evaluation._change(place_T, 0, 4), evaluation._change(place_T, 3, 3)  # as windows() cuts them
+    np.testing.assert_array_equal(first, [np.nan, 1, 1])
+    np.testing.assert_array_equal(second, [-3, -1])

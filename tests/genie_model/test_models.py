@@ -142,7 +142,7 @@ def test_its_own_guesses_stand_in_for_frames_but_never_for_the_first(monkeypatch
     monkeypatch.setattr(dynamics, "nearest_to_mean", lambda log_probs, _: (log_probs[..., 0].long() * 0 + guess, None))
     seen: list[Tensor] = []
     model.token_in.register_forward_hook(lambda module, args, output: seen.append(args[0] - model.slot_C))
-    loss, _ = model(codes, torch.zeros(8, 5, 32), torch.zeros(16, 32))
+    model(codes, torch.zeros(8, 5, 32), torch.zeros(16, 32))
     asked, trained = seen
     whole = (asked == model.mask_token).flatten(2).all(-1)
     assert whole.sum() == 8 * 5 // 2  # half of the frames are guessed, at one glance,
@@ -152,8 +152,14 @@ def test_its_own_guesses_stand_in_for_frames_but_never_for_the_first(monkeypatch
     assert guessed.flatten(2).any(-1).sum() > 10
     assert not guessed.flatten(2).any(-1)[~whole].any()  # and only they
     assert (trained[~guessed & (trained != model.mask_token)] == codes[~guessed & (trained != model.mask_token)]).all()
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert model.token_in.weight.grad is not None  # the guesses themselves pass no gradient, the loss does
+
+
+def test_guessing_takes_no_weight_s_gradient_away_under_autocast() -> None:
+    model = Genie(CONFIG.with_overrides("dynamics.corrupt_tokens=1", "dynamics.corrupt_by=own")).dynamics
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model(torch.randint(16, (2, 6, 16, 4)), torch.randn(2, 5, 32), torch.randn(16, 32))
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
 def test_time_is_attended_to_in_every_nth_block_alone() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from genie_model.checkpoint import load_tokenizer
 from genie_model.data import coinrun
@@ -28,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
 def test_they_are_what_the_tokenizer_makes_of_each_clip(trained: tuple[str, str, str]) -> None:
     data_uri, tokenizer_uri, root = trained
     store, tokenizer = VideoStore.open(f"{data_uri}/train"), load_tokenizer(tokenizer_uri)
-    tokens = tokens_of(CONFIG, store, tokenizer, tokenizer_uri, root)
+    tokens = tokens_of(CONFIG, store, tokenizer, root)
     length = CONFIG.data.clip_length
     assert (tokens.episode_lengths == store.episode_lengths // length * length).all()
     loader = ClipLoader(store, 2, length, seed=0, tokens=tokens)
@@ -47,19 +48,50 @@ def test_an_interrupted_pass_carries_on_to_the_same_bytes(trained: tuple[str, st
     data_uri, tokenizer_uri, _ = trained
     store, tokenizer = VideoStore.open(f"{data_uri}/train"), load_tokenizer(tokenizer_uri)
     assert store.num_shards > 1
-    whole = tokens_of(CONFIG, store, tokenizer, tokenizer_uri, str(tmp_path))
+    whole = tokens_of(CONFIG, store, tokenizer, str(tmp_path))
     (folder,) = (tmp_path / "tokens").iterdir()
     for path in (folder / "index.json", folder / "shard-00001.json", folder / "shard-00001.tar"):
         path.unlink()
     kept = (folder / "shard-00000.tar").stat().st_mtime_ns
-    again = tokens_of(CONFIG, store, tokenizer, tokenizer_uri, str(tmp_path))
+    again = tokens_of(CONFIG, store, tokenizer, str(tmp_path))
     assert again.digest == whole.digest
     assert (folder / "shard-00000.tar").stat().st_mtime_ns == kept
 
 
+def test_another_tokenizer_at_the_same_place_has_tokens_of_its_own(trained: tuple[str, str, str]) -> None:
+    data_uri, tokenizer_uri, root = trained
+    store, tokenizer = VideoStore.open(f"{data_uri}/train"), load_tokenizer(tokenizer_uri)
+    before = tokens_of(CONFIG, store, tokenizer, root)
+    tokenizer.quantizer.codebook_VL.copy_(tokenizer.quantizer.codebook_VL.flip(0))
+    after = tokens_of(CONFIG, store, tokenizer, root)
+    assert after.uri != before.uri
+    assert (_codes(after) == CONFIG.tokenizer.codebook.num_codes - 1 - _codes(before)).all()
+
+
+def _codes(tokens: VideoStore) -> NDArray[np.int64]:
+    batch = ClipLoader(tokens, 2, CONFIG.data.clip_length, seed=0, tokens=tokens).batch(0)
+    assert batch.codes_BTNC is not None
+    return batch.codes_BTNC
+
+
+def test_damage_is_mended_or_says_what_to_do(trained: tuple[str, str, str], tmp_path: Path) -> None:
+    data_uri, tokenizer_uri, _ = trained
+    store, tokenizer = VideoStore.open(f"{data_uri}/train"), load_tokenizer(tokenizer_uri)
+    whole = tokens_of(CONFIG, store, tokenizer, str(tmp_path))
+    (folder,) = (tmp_path / "tokens").iterdir()
+    (folder / "index.json").write_text("{")
+    shard = (folder / "shard-00000.tar").read_bytes()
+    (folder / "shard-00000.tar").write_bytes(shard[:-1])
+    mended = tokens_of(CONFIG, store, tokenizer, str(tmp_path))
+    assert (mended.digest, (folder / "shard-00000.tar").read_bytes()) == (whole.digest, shard)
+    (folder / "shard-00000.tar").write_bytes(bytes(len(shard)))
+    with pytest.raises(ValueError, match="is damaged: delete it and run train_world again"):
+        mended.frames(0, 0, 8)
+
+
 def test_the_world_trains_on_them(trained: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     data_uri, tokenizer_uri, root = trained
-    tokens_of(CONFIG, VideoStore.open(f"{data_uri}/train"), load_tokenizer(tokenizer_uri), tokenizer_uri, root)
+    tokens_of(CONFIG, VideoStore.open(f"{data_uri}/train"), load_tokenizer(tokenizer_uri), root)
 
     def never(*_: object) -> None:
         raise AssertionError("tokens were computed again")
