@@ -17,7 +17,8 @@ OWNERS = {
     "kfp": ("components/", "pipelines/"),
     "torch_xla": ("genie_model/backend/xla.py",),
     "procgen": ("genie_model/data/coinrun.py",),
-    "genie_model.data.truth": ("genie_model/data/", "genie_model/evaluate.py", "genie_model/probe.py"),
+    "genie_model.data.truth": ("genie_model/data/held_out.py",),
+    "genie_model.data.held_out": ("genie_model/evaluate.py", "genie_model/tracking/registry.py"),
 }
 
 
