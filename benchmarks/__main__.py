@@ -153,6 +153,17 @@ def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]
         step = training_step(module, config, stage, codes_BTNC)
         return measure(name, what, step, stage.batch_size * clip, TRAINING_ROWS)
 
+    def tokenize(what: str, stage: StageConfig) -> Line:
+        tokenizer = model().tokenizer.to(native.device()).eval()
+        shape = (stage.batch_size, clip, *config.frame_shape)
+        batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+        def run() -> None:
+            with torch.inference_mode(), native.autocast(stage.precision):
+                tokenizer.encode(native.to_unit_frames(batch))
+
+        return measure(name, what, run, stage.batch_size * clip, TRAINING_ROWS)
+
     def play(what: str, steps: int) -> Line:
         genie = model()
         sampling = config.sampling.model_copy(update={"maskgit_steps": steps})
@@ -169,6 +180,8 @@ def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]
     yield what, functools.partial(train, what, world, tokenizer_alone=False)
     what = f"LAM + dynamics training step from cached tokens, {world.batch_size} x {clip} frames"
     yield what, functools.partial(train, what, world, tokenizer_alone=False, cached_tokens=True)
+    what = f"tokens computed once, {world.batch_size} x {clip} frames"
+    yield what, functools.partial(tokenize, what, world)
     for steps in sorted({config.sampling.maskgit_steps, 8, 25}):
         what = f"played frame, {steps} MaskGIT step{'s' if steps > 1 else ''}, {clip - 1} frames of history"
         yield what, functools.partial(play, what, steps)

@@ -86,16 +86,20 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, pieces: Pieces, bias: Tensor | None) -> Tensor:
         """(..., queries, K) x (..., keys, K) -> (..., queries, K); `bias` is 0 where allowed and -inf elsewhere.
 
-        Keys and values may come in pieces, which are never joined: the past is not copied to look at it.
+        Keys and values may come in pieces, which are never joined: the past is not copied to look at it. A piece of one
+        key, as a played frame's own, is looked at number by number: as a matmul it costs ten times as much (CPU, bf16).
         """
-        scores = [q @ k.transpose(-1, -2) for k, _ in pieces]
+        one = q.shape[-2] == 1
+        scores = [
+            (q * k).sum(-1, keepdim=True) if one and k.shape[-2] == 1 else q @ k.transpose(-1, -2) for k, _ in pieces
+        ]
         joined = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
         if bias is not None:
             joined = joined + bias.to(joined.dtype)
         weights = torch.split(joined.softmax(-1).to(q.dtype), [k.shape[-2] for k, _ in pieces], -1)
-        out: Tensor = weights[0] @ pieces[0][1]
-        for weight, (_, v) in zip(weights[1:], pieces[1:], strict=True):
-            out = out + weight @ v
+        out, *more = (w * v if one and v.shape[-2] == 1 else w @ v for w, (_, v) in zip(weights, pieces, strict=True))
+        for part in more:
+            out = out + part
         return out
 
 
