@@ -10,7 +10,8 @@ attention is causal, so a finished frame's keys and values cannot change. A `Tem
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,37 +21,81 @@ from torch import Tensor, nn
 from genie_model.config import TransformerConfig
 
 AttentionKind = Literal["factorized", "spatial", "full"]
-Pieces = list[tuple[Tensor, Tensor]]  # keys and values, the older ones first
 
 
 class TemporalCache:
-    """Keys and values of the frames before this one, per temporal layer; at most `window - 1` frames of them.
+    """Keys and values of each world's last `window` frames, per temporal layer, in rings that are written in place.
 
-    Tensors in it are replaced, never written into, so `fork()` may share them.
+    The frame at position p of a world lies in place p % window. So a look at a frame that is not final yet overwrites
+    only what has left the window, nothing is ever moved, and shapes stay the same from the first frame to the last. In
+    what order a ring lies does not matter: keys carry their positions. Worlds of a batch may differ in theirs.
     """
 
     def __init__(self) -> None:
-        self.position = 0  # frames committed so far: the rotary position of the next one
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (k_BNHSK, v_BNHSK)
+        self.positions: list[int] = []  # of each world: frames committed so far, the rotary position of the next one
+        self.rings: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (k_BNHSK, v_BNHSK)
 
     def fork(self) -> TemporalCache:
-        twin = TemporalCache()
-        twin.position, twin.layers = self.position, dict(self.layers)
-        return twin
+        """A copy that may go another way."""
+        return self.repeat(1)
 
     def repeat(self, times: int) -> TemporalCache:
-        """The same past for `times` copies of every clip: B becomes B * times, copies side by side."""
-        twin = self.fork()
-        twin.layers = {
-            i: (k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for i, (k, v) in self.layers.items()
-        }
+        """The same past for `times` copies of every world: B becomes B * times, copies side by side."""
+        return self.take([world for world in range(len(self.positions)) for _ in range(times)])
+
+    def take(self, worlds: list[int]) -> TemporalCache:
+        """A copy of the pasts of these worlds, in this order."""
+        twin = TemporalCache()
+        twin.positions = [self.positions[world] for world in worlds]
+        twin.rings = {layer: (k[worlds], v[worlds]) for layer, (k, v) in self.rings.items()}
         return twin
 
+    def put(self, worlds: list[int], other: TemporalCache) -> None:
+        """The pasts of these worlds become the other's."""
+        for row, world in enumerate(worlds):
+            self.positions[world] = other.positions[row]
+        for layer, rings in self.rings.items():
+            for ring, new in zip(rings, other.rings[layer], strict=True):
+                ring[worlds] = new
 
-def rotary_angles(positions_T: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, K/2) of rotary embeddings (Su et al., 2021): only differences of positions matter."""
-    frequencies = 1.0 / 100.0 ** (torch.arange(0, head_dim, 2, device=positions_T.device).float() / head_dim)
-    angles = positions_T.float()[:, None] * frequencies
+    @staticmethod
+    def stack(caches: Sequence[TemporalCache]) -> TemporalCache:
+        """The worlds of all of them, side by side."""
+        joined = TemporalCache()
+        joined.positions = [position for cache in caches for position in cache.positions]
+        for layer in caches[0].rings:
+            keys, values = zip(*(cache.rings[layer] for cache in caches), strict=True)
+            joined.rings[layer] = (torch.cat(keys), torch.cat(values))
+        return joined
+
+    def write(self, layer: int, window: int, k_BNHTK: Tensor, v_BNHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts frames that follow the past in their places; returns the rings."""
+        if layer not in self.rings:
+            B, N, H, _, K = k_BNHTK.shape
+            self.rings[layer] = (k_BNHTK.new_zeros(B, N, H, window, K), v_BNHTK.new_zeros(B, N, H, window, K))
+        T = k_BNHTK.shape[3]
+        for t in range(max(T - window, 0), T):
+            places = [(position + t) % window for position in self.positions]
+            for ring, new in zip(self.rings[layer], (k_BNHTK, v_BNHTK), strict=True):
+                if len(set(places)) == 1:
+                    ring[:, :, :, places[0]] = new[:, :, :, t]
+                else:
+                    ring[list(range(len(places))), :, :, places] = new[:, :, :, t]
+        return self.rings[layer]
+
+
+class Time(NamedTuple):
+    """What temporal attention knows of the frames in a pass: their rotary angles, and who may see whom."""
+
+    cos_BT: Tensor  # (B or 1, 1, 1, T, K/2)
+    sin_BT: Tensor
+    bias_BTS: Tensor | None  # (B or 1, T, S), 0 where allowed and -inf elsewhere; none: all is allowed
+
+
+def rotary_angles(positions_BT: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, 1, T, K/2) of rotary embeddings (Su et al., 2021): only differences of positions matter."""
+    frequencies = 1.0 / 100.0 ** (torch.arange(0, head_dim, 2, device=positions_BT.device).float() / head_dim)
+    angles = positions_BT.float()[:, None, None, :, None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -83,23 +128,12 @@ class Attention(nn.Module):
             qk = qk * self.head_dim**-0.25
         return qk, v
 
-    def attend(self, q: Tensor, pieces: Pieces, bias: Tensor | None) -> Tensor:
-        """(..., queries, K) x (..., keys, K) -> (..., queries, K); `bias` is 0 where allowed and -inf elsewhere.
-
-        Keys and values may come in pieces, which are never joined: the past is not copied to look at it. A piece of one
-        key, as a played frame's own, is looked at number by number: as a matmul it costs ten times as much (CPU, bf16).
-        """
-        one = q.shape[-2] == 1
-        scores = [
-            (q * k).sum(-1, keepdim=True) if one and k.shape[-2] == 1 else q @ k.transpose(-1, -2) for k, _ in pieces
-        ]
-        joined = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., queries, K) x (..., keys, K) -> (..., queries, K); `bias` is 0 where allowed and -inf elsewhere."""
+        scores = q @ k.transpose(-1, -2)
         if bias is not None:
-            joined = joined + bias.to(joined.dtype)
-        weights = torch.split(joined.softmax(-1).to(q.dtype), [k.shape[-2] for k, _ in pieces], -1)
-        out, *more = (w * v if one and v.shape[-2] == 1 else w @ v for w, (_, v) in zip(weights, pieces, strict=True))
-        for part in more:
-            out = out + part
+            scores = scores + bias.to(scores.dtype)
+        out: Tensor = scores.softmax(-1).to(q.dtype) @ v
         return out
 
 
@@ -109,7 +143,7 @@ class SpatialAttention(Attention):
     def forward(self, x_BTND: Tensor) -> Tensor:
         qk, v = self.queries_keys_values(x_BTND)
         q, k = rearrange(qk, "b t n two h k -> two (b t) h n k")
-        o = self.attend(q, [(k, rearrange(v, "b t n h k -> (b t) h n k"))], bias=None)
+        o = self.attend(q, k, rearrange(v, "b t n h k -> (b t) h n k"))
         merged: Tensor = self.out(rearrange(o, "(b t) h n k -> b t n (h k)", b=x_BTND.shape[0]))
         return merged
 
@@ -121,50 +155,35 @@ class TemporalAttention(Attention):
         super().__init__(config)
         self.window = window
 
-    def forward(
-        self, x_BTND: Tensor, rotary: tuple[Tensor, Tensor], cache: TemporalCache | None, layer: int, commit: bool
-    ) -> Tensor:
-        T = x_BTND.shape[1]
-        qk, v = self.queries_keys_values(x_BTND)
-        q, k = self._rotate(rearrange(qk, "b t n two h k -> two b n h t k"), *rotary)
-        v = rearrange(v, "b t n h k -> b n h t k")
-        pieces, past = [(k, v)], 0
-        if cache is not None and layer in cache.layers:
-            pieces.insert(0, cache.layers[layer])
-            past = pieces[0][0].shape[-2]
-        o_BNHTK = self.attend_in_time(q, pieces, self._bias(T, past, x_BTND.device))
-        if cache is not None and commit:
-            first = max(past + T - (self.window - 1), 0)
-            k, v = (torch.cat(parts, -2)[..., first:, :].contiguous() for parts in zip(*pieces, strict=True))
-            cache.layers[layer] = (k, v)
+    def forward(self, x_BTND: Tensor, time: Time, cache: TemporalCache | None, layer: int, commit: bool) -> Tensor:
+        qk, v_BNHTK = self.queries_keys_values(x_BTND)
+        qk_2BNHTK = rearrange(qk, "b t n two h k -> two b n h t k")
+        q_BNHTK, k_BNHTK = self._rotate(qk_2BNHTK, time.cos_BT.to(qk.dtype), time.sin_BT.to(qk.dtype))
+        k_BNHSK, v_BNHSK = k_BNHTK, v_BNHTK = k_BNHTK, rearrange(v_BNHTK, "b t n h k -> b n h t k")
+        if cache is not None and (commit or x_BTND.shape[1] == 1):
+            rings = cache.write(layer, self.window, k_BNHTK, v_BNHTK)
+            if x_BTND.shape[1] == 1:
+                k_BNHSK, v_BNHSK = rings
+        o_BNHTK = self.attend_in_time(q_BNHTK, k_BNHSK, v_BNHSK, time.bias_BTS)
         merged: Tensor = self.out(rearrange(o_BNHTK, "b n h t k -> b t n (h k)"))
         return merged
 
-    def attend_in_time(self, q_BNHTK: Tensor, pieces: Pieces, bias_TS: Tensor | None) -> Tensor:
-        return self.attend(q_BNHTK, pieces, bias_TS)
+    def attend_in_time(self, q_BNHTK: Tensor, k_BNHSK: Tensor, v_BNHSK: Tensor, bias_BTS: Tensor | None) -> Tensor:
+        return self.attend(q_BNHTK, k_BNHSK, v_BNHSK, None if bias_BTS is None else bias_BTS[:, None, None])
 
     def _rotate(self, x_2BNHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        cos, sin = cos.to(x_2BNHTK.dtype), sin.to(x_2BNHTK.dtype)
         a, b = x_2BNHTK.chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-    def _bias(self, T: int, past: int, device: torch.device) -> Tensor | None:
-        """Causal and at most `window` long: query i stands at past + i among the keys."""
-        if T == 1 and past < self.window:
-            return None
-        age = torch.arange(past, past + T, device=device)[:, None] - torch.arange(past + T, device=device)
-        return torch.zeros(T, past + T, device=device).masked_fill((age < 0) | (age >= self.window), float("-inf"))
 
 
 class SpaceTimeAttention(TemporalAttention):
     """Every patch attends to all patches of its own and earlier frames, as in C-ViViT (Villegas et al., 2023)."""
 
-    def attend_in_time(self, q_BNHTK: Tensor, pieces: Pieces, bias_TS: Tensor | None) -> Tensor:
-        N, together = q_BNHTK.shape[1], "b n h t k -> b h (t n) k"
-        bias = None if bias_TS is None else bias_TS.repeat_interleave(N, 0).repeat_interleave(N, 1)
-        joined = [(rearrange(k, together), rearrange(v, together)) for k, v in pieces]
-        o = self.attend(rearrange(q_BNHTK, together), joined, bias)
-        return rearrange(o, "b h (t n) k -> b n h t k", n=N)
+    def attend_in_time(self, q_BNHTK: Tensor, k_BNHSK: Tensor, v_BNHSK: Tensor, bias_BTS: Tensor | None) -> Tensor:
+        N = q_BNHTK.shape[1]
+        bias = None if bias_BTS is None else bias_BTS.repeat_interleave(N, 1).repeat_interleave(N, 2)[:, None]
+        q, k, v = (rearrange(x, "b n h t k -> b h (t n) k") for x in (q_BNHTK, k_BNHSK, v_BNHSK))
+        return rearrange(self.attend(q, k, v, bias), "b h (t n) k -> b n h t k", n=N)
 
 
 class FeedForward(nn.Module):
@@ -192,7 +211,7 @@ class STTransformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, window: int, attention: AttentionKind = "factorized") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.window = config, window
         sublayers: list[nn.Module] = []
         for i in range(config.num_layers):
             if attention == "spatial":
@@ -220,19 +239,37 @@ class STTransformer(nn.Module):
             last.weight.data *= (2 * self.config.num_layers) ** -0.5
 
     def forward(self, x_BTND: Tensor, cache: TemporalCache | None = None, commit: bool = False) -> Tensor:
-        """With a cache, x holds only the frames that follow its past; `commit` adds them to it."""
-        start = cache.position if cache else 0
-        positions_T = torch.arange(start, start + x_BTND.shape[1], device=x_BTND.device)
-        rotary = rotary_angles(positions_T, self.config.head_dim)
+        """With a cache, x holds only what follows its past: any frames after none, then one at a time.
+
+        `commit` makes them past. Without it they only look, and the next look overwrites them.
+        """
+        B, T = x_BTND.shape[:2]
+        if cache is not None and not cache.positions:
+            cache.positions = [0] * B
+        time = self._time(T, cache.positions if cache is not None else [0], x_BTND.device, ring=cache is not None)
         for i, sublayer in enumerate(self.sublayers):
             if isinstance(sublayer, TemporalAttention):
-                x_BTND = x_BTND + sublayer(x_BTND, rotary, cache, i, commit)
+                x_BTND = x_BTND + sublayer(x_BTND, time, cache, i, commit)
             else:
                 x_BTND = x_BTND + sublayer(x_BTND)
         if cache is not None and commit:
-            cache.position += x_BTND.shape[1]
+            cache.positions = [position + T for position in cache.positions]
         y_BTND: Tensor = self.norm(x_BTND)
         return y_BTND
+
+    def _time(self, T: int, past: list[int], device: torch.device, ring: bool) -> Time:
+        """Of T frames after `past` ones of each world, in whose rings a single frame looks."""
+        assert T == 1 or not any(past), "after the first frames of a cache come single ones"
+        past_B1, steps_T = torch.tensor(past, device=device)[:, None], torch.arange(T, device=device)
+        seen_BTS = bias_BTS = None
+        if T > 1:
+            age_TT = steps_T[:, None] - steps_T
+            seen_BTS = ((age_TT >= 0) & (age_TT < self.window))[None]
+        elif ring and min(past) < self.window - 1:  # places beyond a world's own are still empty
+            seen_BTS = (torch.arange(self.window, device=device) <= past_B1)[:, None]
+        if seen_BTS is not None:
+            bias_BTS = torch.zeros(seen_BTS.shape, device=device).masked_fill(~seen_BTS, float("-inf"))
+        return Time(*rotary_angles(past_B1 + steps_T, self.config.head_dim), bias_BTS)
 
 
 class PatchGrid:

@@ -95,7 +95,7 @@ def test_play_continues_past_the_trained_clip_with_a_constant_past(genie: Genie,
         frame = genie.step(state, torch.tensor([0, 1]))
     assert frame.shape == (2, 64, 64, 3)
     assert frame.dtype == torch.uint8
-    assert all(k.shape[-2] == CONFIG.data.clip_length - 1 for k, _ in state.dynamics.layers.values())
+    assert all(k.shape[-2] == CONFIG.data.clip_length for k, _ in state.dynamics.rings.values())
     assert state.t == CONFIG.data.clip_length + 4
 
 
@@ -109,7 +109,7 @@ def test_play_in_bfloat16_keeps_half_the_bytes_and_nearly_the_same_picture(frame
         frame = genie.step(states[precision].fork(), torch.tensor([0, 1]))
         assert frame.dtype == torch.uint8
     for part in ("dynamics", "decoder"):
-        exact, half = (getattr(states[precision], part).layers for precision in ("fp32", "bf16"))
+        exact, half = (getattr(states[precision], part).rings for precision in ("fp32", "bf16"))
         for layer, kept in exact.items():
             for full, rounded in zip(kept, half[layer], strict=True):
                 assert rounded.dtype == torch.bfloat16

@@ -38,7 +38,7 @@ def test_cached_equals_uncached_also_past_the_window(model: STTransformer, promp
         model(torch.randn_like(x[:, :1]), cache)  # a look without commit leaves no trace
         parts.append(model(x[:, t : t + 1], cache, commit=True))
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
-    assert all(k.shape[-2] == WINDOW - 1 for k, _ in cache.layers.values())
+    assert all(k.shape[-2] == WINDOW for k, _ in cache.rings.values())
 
 
 def test_a_fork_goes_its_own_way(model: STTransformer) -> None:
@@ -47,17 +47,38 @@ def test_a_fork_goes_its_own_way(model: STTransformer) -> None:
     fork = cache.fork()
     model(x[:, 3:], fork, commit=True)
     torch.testing.assert_close(model(x[:, 2:3], cache), model(x[:, :3])[:, 2:], atol=1e-5, rtol=1e-5)
-    assert (cache.position, fork.position) == (2, 3)
+    assert (cache.positions, fork.positions) == ([2, 2], [3, 3])
 
 
 def test_positions_do_not_drift(model: STTransformer) -> None:
-    """Rotary time sees differences only: a session at frame 2,000 gives what it gives at frame 4."""
-    x, early, late = frames(4), TemporalCache(), TemporalCache()
-    late.position = 2_000
-    for t in range(3):
-        model(x[:, t : t + 1], early, commit=True)
-        model(x[:, t : t + 1], late, commit=True)
-    torch.testing.assert_close(model(x[:, 3:], early), model(x[:, 3:], late), atol=1e-3, rtol=1e-3)
+    """Rotary time sees differences only: frame 2,000 is what it is to a session that began a few frames before."""
+    x, early, late = frames(2_000), TemporalCache(), TemporalCache()
+    for t in range(2_000):
+        last = model(x[:, t : t + 1], late, commit=True)
+    seen = 2 * (WINDOW - 1) + 1  # two temporal layers
+    torch.testing.assert_close(model(x[:, -seen:], early, commit=True)[:, -1:], last, atol=1e-3, rtol=1e-3)
+
+
+def test_worlds_of_any_age_step_together(model: STTransformer) -> None:
+    """Side by side in one pass, each at its own position, they are what they are alone; the others stay."""
+    x, caches = frames(11), []
+    for age in (1, 3, 9):
+        caches.append(TemporalCache())
+        model(x[:, :age], caches[-1], commit=True)
+    table = TemporalCache.stack(caches)
+    together = table.take([1, 2, 5])
+    now = torch.cat([x[1:, 1:2], x[:1, 3:4], x[1:, 9:10]])
+    found = model(now, together, commit=True)
+    for cache, world, t, row in zip(caches, (1, 0, 1), (1, 3, 9), range(3), strict=True):
+        alone = model(x[:, t : t + 1], cache.fork(), commit=True)[world]
+        torch.testing.assert_close(found[row], alone, atol=1e-5, rtol=1e-5)
+    before = table.fork()
+    table.put([1, 2, 5], together)
+    assert table.positions == [1, 2, 4, 3, 9, 10]
+    for layer, (k, v) in table.rings.items():
+        for ring, old, new in zip((k, v), before.rings[layer], together.rings[layer], strict=True):
+            assert torch.equal(ring[[1, 2, 5]], new)
+            assert torch.equal(ring[[0, 3, 4]], old[[0, 3, 4]])
 
 
 @pytest.mark.parametrize(("height", "width", "num_patches"), [(8, 8, 4), (9, 16, 12), (5, 7, 4)])
