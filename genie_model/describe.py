@@ -52,7 +52,7 @@ def play_flops(genie: Genie, config: Config) -> int:
     frames_BTHWC = torch.zeros(1, config.data.clip_length - 1, *config.frame_shape, dtype=torch.uint8)
     state = genie.start(frames_BTHWC)
     with FlopCounterMode(display=False) as counter:
-        genie.advance(state, torch.zeros(1, dtype=torch.long))
+        genie.advance(state, torch.zeros(1, dtype=torch.long), config.sampling)
     flops: int = counter.get_total_flops()
     return flops
 

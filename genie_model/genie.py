@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from genie_model.config import Config
+from genie_model.config import Config, SamplingConfig
 from genie_model.dynamics import DynamicsModel
 from genie_model.lam import LatentActionModel
-from genie_model.layers import TemporalCache
+from genie_model.layers import TemporalAttention, TemporalCache
 from genie_model.maskgit import sample_frame
 from genie_model.tokenizer import VideoTokenizer
+
+NO_ACTION = -1  # of a frame that no action led to: a world's first
 
 
 @dataclass
 class PlayState:
-    """A world in play: the pasts of both transformers, and what decides its chances."""
+    """Worlds in play: the pasts of both transformers, and what decides their chances."""
 
-    seeds: tuple[int, ...]  # one for all worlds, or one for each
-    t: int  # frames so far, prompt included
+    seeds: list[int]  # of each world
+    t: list[int]  # frames of each world so far, prompt included
     frame_BHWC: Tensor  # uint8, the latest
+    codes_BNC: Tensor  # its tokens
     dynamics: TemporalCache = field(repr=False)
     decoder: TemporalCache = field(repr=False)
 
     def fork(self) -> PlayState:
-        """A copy that may go another way. Cheap: what is past is shared."""
-        return replace(self, dynamics=self.dynamics.fork(), decoder=self.decoder.fork())
+        """A copy that may go another way."""
+        return self.repeat(1)
 
     def repeat(self, times: int) -> PlayState:
         """`times` copies of every world side by side (B becomes B * times), to take another action in each."""
-        return replace(
-            self,
-            seeds=self.seeds if len(self.seeds) == 1 else tuple(s for s in self.seeds for _ in range(times)),
-            frame_BHWC=self.frame_BHWC.repeat_interleave(times, 0),
-            dynamics=self.dynamics.repeat(times),
-            decoder=self.decoder.repeat(times),
+        return self.take([world for world in range(len(self.seeds)) for _ in range(times)])
+
+    def take(self, worlds: list[int]) -> PlayState:
+        """A copy of these worlds, in this order."""
+        return PlayState(
+            [self.seeds[world] for world in worlds],
+            [self.t[world] for world in worlds],
+            self.frame_BHWC[worlds],
+            self.codes_BNC[worlds],
+            self.dynamics.take(worlds),
+            self.decoder.take(worlds),
+        )
+
+    @staticmethod
+    def stack(states: Sequence[PlayState]) -> PlayState:
+        """All their worlds side by side."""
+        return PlayState(
+            [seed for state in states for seed in state.seeds],
+            [t for state in states for t in state.t],
+            torch.cat([state.frame_BHWC for state in states]),
+            torch.cat([state.codes_BNC for state in states]),
+            TemporalCache.stack([state.dynamics for state in states]),
+            TemporalCache.stack([state.decoder for state in states]),
         )
 
 
@@ -93,37 +113,64 @@ class Genie(nn.Module):
 
         `seed` decides the chances: one for all worlds of the batch, or one for each (ValueError for another number).
         """
-        seeds = (seed,) if isinstance(seed, int) else tuple(seed)
-        if len(seeds) not in (1, len(frames_BTHWC)):
+        seeds = [seed] * len(frames_BTHWC) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(frames_BTHWC):
             raise ValueError(f"{len(seeds)} seeds for {len(frames_BTHWC)} worlds: give one, or one for each")
         frames_BTHWC = frames_BTHWC.to(self.device)
-        actions_BTL = torch.zeros(*frames_BTHWC.shape[:2], self.config.lam.codebook.latent_dim, device=self.device)
+        actions_BT = torch.full(frames_BTHWC.shape[:2], NO_ACTION)
         if frames_BTHWC.shape[1] > 1:
-            actions_BTL[:, 1:] = self.lam.quantizer.embed(self.infer_actions(frames_BTHWC).to(self.device))
-        state = PlayState(seeds, 0, frames_BTHWC[:, -1], TemporalCache(), TemporalCache())
+            actions_BT[:, 1:] = self.infer_actions(frames_BTHWC)
         with self._play_precision():
-            self._commit(state, self.tokenizer.encode(_to_unit(frames_BTHWC)), actions_BTL)
+            codes_BTNC = self.tokenizer.encode(_to_unit(frames_BTHWC))
+        state = self.resume(codes_BTNC, actions_BT, seeds, [frames_BTHWC.shape[1]] * len(seeds))
+        state.frame_BHWC = frames_BTHWC[:, -1]  # itself, not what the tokenizer keeps of it
         return state
 
     @torch.no_grad()
-    def step(self, state: PlayState, action_B: Tensor) -> Tensor:
+    def resume(self, codes_BTNC: Tensor, actions_BT: Tensor, seeds: Sequence[int], t: Sequence[int]) -> PlayState:
+        """Enters worlds where they were left: from the codes of their last frames and the actions that led to each.
+
+        int64; NO_ACTION where none led to a frame, the very first one. `t` counts all frames of each world. From its
+        last `memory` frames, or from all, a world goes on exactly as if it had never been left (up to rounding).
+        """
+        codes_BTNC, has_action = codes_BTNC.to(self.device), actions_BT.to(self.device) != NO_ACTION
+        actions_BTL = self.lam.quantizer.embed(actions_BT.to(self.device).clamp_min(0)) * has_action[..., None]
+        state = PlayState(list(seeds), list(t), codes_BTNC, codes_BTNC, TemporalCache(), TemporalCache())
+        with self._play_precision():
+            self._commit(state, codes_BTNC, actions_BTL)
+        return state
+
+    @property
+    def memory(self) -> int:
+        """Frames that the next one may hang on: every temporal layer looks a window further back."""
+        reach = [
+            sum(module.window - 1 for module in part.modules() if isinstance(module, TemporalAttention))
+            for part in (self.dynamics, self.tokenizer.decoder)
+        ]
+        return 1 + max(reach)
+
+    @torch.no_grad()
+    def step(self, state: PlayState, action_B: Tensor, sampling: SamplingConfig | None = None) -> Tensor:
         """Takes int64 actions in [0, |A|); returns, and makes the state's, the next uint8 frames (B, H, W, 3).
 
-        A frame is a pure function of the prompt, the actions so far and its seed. Raises ValueError for an action
-        out of range.
+        A frame is a pure function of the prompt, the actions so far, its seed and `sampling` (by default the config's).
+        Raises ValueError for an action out of range.
         """
         if not 0 <= int(action_B.min()) <= int(action_B.max()) < self.config.num_actions:
             raise ValueError(f"actions must be in 0..{self.config.num_actions - 1}, got {action_B.tolist()}")
-        return self.advance(state, action_B.to(self.device)).cpu()
+        return self.advance(state, action_B.to(self.device), sampling or self.config.sampling).cpu()
 
-    def advance(self, state: PlayState, action_B: Tensor) -> Tensor:
+    def advance(self, state: PlayState, action_B: Tensor, sampling: SamplingConfig) -> Tensor:
         """`step` without a look at the actions' values: they, and the frames, are on the device."""
         action_BL = self.lam.quantizer.embed(action_B)
-        chances = [torch.Generator().manual_seed((seed * 1_000_003 + state.t) % 2**63) for seed in state.seeds]
+        chances = [
+            torch.Generator().manual_seed((seed * 1_000_003 + t) % 2**63)
+            for seed, t in zip(state.seeds, state.t, strict=True)
+        ]
         with self._play_precision():
             codes_B1NC = sample_frame(
                 self.dynamics,
-                self.config.sampling,
+                sampling,
                 state.dynamics,
                 action_BL,
                 (self.tokenizer.grid.rows, self.tokenizer.grid.columns),
@@ -131,6 +178,7 @@ class Genie(nn.Module):
                 chances,
             )
             self._commit(state, codes_B1NC, action_BL[:, None])
+        state.t = [t + 1 for t in state.t]
         return state.frame_BHWC
 
     @property
@@ -145,8 +193,8 @@ class Genie(nn.Module):
         """Frames become past: their keys and values are computed from their final tokens, once."""
         codebook_VL = self.tokenizer.quantizer.codebook_VL
         self.dynamics.hidden(codes_BTNC, actions_BTL, codebook_VL, state.dynamics, commit=True)
+        state.codes_BNC = codes_BTNC[:, -1]
         state.frame_BHWC = _to_uint8(self.tokenizer.decode(codes_BTNC, state.decoder)[:, -1])
-        state.t += codes_BTNC.shape[1]
 
     @torch.inference_mode()
     def infer_actions(self, frames_BTHWC: Tensor) -> Tensor:

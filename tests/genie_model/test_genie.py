@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from variants import VARIANTS
 
-from genie_model.genie import Genie
+from genie_model.genie import NO_ACTION, Genie, PlayState
 from genie_model.layers import TemporalCache
 from genie_model.maskgit import _halton_rank, sample_frame
 from genie_model.presets import get_preset
@@ -96,7 +96,7 @@ def test_play_continues_past_the_trained_clip_with_a_constant_past(genie: Genie,
     assert frame.shape == (2, 64, 64, 3)
     assert frame.dtype == torch.uint8
     assert all(k.shape[-2] == CONFIG.data.clip_length for k, _ in state.dynamics.rings.values())
-    assert state.t == CONFIG.data.clip_length + 4
+    assert state.t == [CONFIG.data.clip_length + 4] * 2
 
 
 def test_play_in_bfloat16_keeps_half_the_bytes_and_nearly_the_same_picture(frames: Tensor) -> None:
@@ -138,6 +138,45 @@ def test_a_world_with_its_own_seed_is_the_same_alone_and_in_a_batch(genie: Genie
         assert torch.equal(together[1:], genie.step(alone, torch.tensor(actions[1:])))
     with pytest.raises(ValueError, match="3 seeds for 2 worlds"):
         genie.start(frames, seed=(1, 2, 3))
+
+
+@pytest.mark.parametrize("age", [0, 1, 7, 8, 30])
+def test_a_world_is_resumed_from_the_tokens_and_actions_of_its_last_frames(
+    genie: Genie, frames: Tensor, age: int
+) -> None:
+    state, random = genie.start(frames[:, :1], seed=(5, 6)), torch.Generator().manual_seed(0)
+    codes, actions = [state.codes_BNC], [torch.full((2,), NO_ACTION)]
+    for _ in range(age):
+        actions.append(torch.randint(CONFIG.num_actions, (2,), generator=random))
+        genie.step(state, actions[-1])
+        codes.append(state.codes_BNC)
+    kept = slice(-genie.memory, None)
+    resumed = genie.resume(torch.stack(codes, 1)[:, kept], torch.stack(actions, 1)[:, kept], (5, 6), state.t)
+    for action in ([0, 3], [2, 1], [1, 1], [3, 0]):
+        difference = genie.step(resumed, torch.tensor(action)).int() - genie.step(state, torch.tensor(action)).int()
+        assert difference.abs().max() <= 1, "rounded to bytes"
+        assert torch.equal(resumed.codes_BNC, state.codes_BNC)
+    assert resumed.t == state.t == [age + 5] * 2
+
+
+def test_players_who_came_at_different_times_step_together(genie: Genie, frames: Tensor) -> None:
+    first, second = genie.start(frames[:1], seed=1), genie.start(frames[1:], seed=2)
+    for t in range(CONFIG.data.clip_length + 2):
+        genie.step(first, torch.tensor([t % 4]))
+    together = PlayState.stack([first, second])
+    found = genie.step(together, torch.tensor([3, 0]))
+    assert torch.equal(found, torch.cat([genie.step(first, torch.tensor([3])), genie.step(second, torch.tensor([0]))]))
+    assert together.t == first.t + second.t
+
+
+def test_steps_may_be_sampled_otherwise_than_the_config_says(genie: Genie, frames: Tensor) -> None:
+    state = genie.start(frames, seed=3)
+    sharper = CONFIG.sampling.model_copy(update={"temperature": 0.0, "maskgit_steps": 1})
+    expected = Genie(CONFIG.model_copy(update={"sampling": sharper})).eval()
+    expected.load_state_dict(genie.state_dict())
+    action = torch.tensor([0, 1])
+    assert torch.equal(genie.step(state.fork(), action, sharper), expected.step(expected.start(frames, seed=3), action))
+    assert not torch.equal(genie.step(state.fork(), action, sharper), genie.step(state, action))
 
 
 @pytest.mark.parametrize("action", [-1, CONFIG.num_actions])
