@@ -224,6 +224,12 @@ class Genie(nn.Module):
         return self.tokenizer.encode(_to_unit(frames_BTHWC.to(self.device))).flatten(2).cpu()
 
     @torch.inference_mode()
+    def pictures(self, codes_BTNC: Tensor) -> Tensor:
+        """Codes -> uint8 frames, as play paints them one by one."""
+        with self._play_precision():
+            return _to_uint8(self.tokenizer.decode(codes_BTNC.to(self.device))).cpu()
+
+    @torch.inference_mode()
     def reconstruct(self, frames_BTHWC: Tensor) -> Tensor:
         """uint8 clips through the tokenizer and back."""
         return _to_uint8(self.tokenizer.decode(self.tokenizer.encode(_to_unit(frames_BTHWC.to(self.device))))).cpu()

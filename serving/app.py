@@ -39,9 +39,10 @@ def create_app(settings: Settings | None = None, source: ModelSource | None = No
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.follow()
-        expiry = asyncio.create_task(engine.expire_idle())
+        tasks = [asyncio.create_task(work) for work in (engine.play(), engine.expire_idle())]
         yield
-        expiry.cancel()
+        for task in tasks:
+            task.cancel()
         engine.close()
 
     app = FastAPI(title="Genie", summary="Play a world learned from video", version=version("genie-platform"),

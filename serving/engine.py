@@ -1,8 +1,9 @@
 """Sessions, and the one thread in which the model works.
 
-All sessions live on the event loop, so they need no locks among themselves. Everything that touches torch runs in one
-worker thread: the event loop never blocks, and a model's state is never used twice at once. A session has a lock too,
-so that it holds at most one place in the worker's queue and no player can crowd out the others.
+All sessions live on the event loop, so they need no locks among themselves. Everything that touches torch or the
+store runs in one worker thread: the event loop never blocks, and a model's state is never used twice at once. Players
+who wait at the same time step in one pass of the model. A session has a lock too, so that it holds at most one place
+in the queue and no player can crowd out the others.
 """
 
 from __future__ import annotations
@@ -18,17 +19,32 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
 
-from genie_model.genie import PlayState
-from serving.errors import BadRequestError, NotReadyError, SessionMovedError, TooManySessionsError, UnknownSessionError
-from serving.images import Pixels
-from serving.model import LoadedModel, ModelSource, load, warm
+from genie_model.config import SamplingConfig
+from genie_model.genie import NO_ACTION, PlayState
+from serving import worlds
+from serving.errors import (
+    BadRequestError,
+    BusyError,
+    NotReadyError,
+    SessionMovedError,
+    TooManySessionsError,
+    UnknownSessionError,
+)
+from serving.images import Pixels, frame_from_png, png
+from serving.model import FolderVersion, LoadedModel, ModelSource, load, warm
 from serving.schemas import SessionInfo
 from serving.settings import Settings
+from serving.store import Frame, SessionRecord, SessionStore
+from serving.worlds import World
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_GATHER_SECONDS = 0.005  # how long a pass waits for players who just stepped
+_RECENT_SECONDS = 0.25
+_PARK_SECONDS = 30.0  # a world nobody steps for so long leaves memory; its tokens bring it back
 
 
 @dataclass
@@ -37,27 +53,49 @@ class Session:
 
     id: str
     model: LoadedModel
-    state: PlayState
     seed: int
+    sampling: SamplingConfig
     frame_HWC: Pixels
     steps: int = 0
+    world: World | None = None  # None: parked, its frames are in the store
     last_used: float = field(default_factory=time.monotonic)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waiting: int = 0  # requests that wait for the lock, or have it
 
     def info(self) -> SessionInfo:
-        return SessionInfo(id=self.id, model=self.model.info, seed=self.seed, steps=self.steps)
+        return SessionInfo(
+            id=self.id,
+            model=self.model.info,
+            seed=self.seed,
+            steps=self.steps,
+            temperature=self.sampling.temperature,
+            maskgit_steps=self.sampling.maskgit_steps,
+        )
+
+
+@dataclass
+class _Step:
+    """A step that waits for its pass."""
+
+    session: Session
+    action: int
+    done: asyncio.Future[Pixels]
 
 
 class Engine:
     """Follows the champion and plays sessions."""
 
     def __init__(self, settings: Settings, source: ModelSource) -> None:
+        """Raises ValueError when the store's file cannot be used."""
         self._settings = settings
         self._source = source
+        self._store = SessionStore(settings.session_store)
         self._model: LoadedModel | None = None
         self._problem = "the model is loading"
         self._sessions: dict[str, Session] = {}
         self._starting = 0
+        self._steps: list[_Step] = []
+        self._step_came = asyncio.Event()
         self.decoding = asyncio.Semaphore(2)  # uploads decoded at once: a picture of 40 megapixels takes 300 MB
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._stopped = threading.Event()
@@ -103,6 +141,7 @@ class Engine:
     def close(self) -> None:
         self._stopped.set()
         self._worker.shutdown(wait=True, cancel_futures=True)
+        self._store.close()
 
     # ---- the sessions
 
@@ -110,68 +149,236 @@ class Engine:
     def num_sessions(self) -> int:
         return len(self._sessions)
 
-    def session(self, session_id: str) -> Session:
-        """Raises UnknownSessionError."""
-        session = self._sessions.get(session_id)
-        if session is None:
-            raise UnknownSessionError("this session does not exist or has ended: create a new one")
-        return session
+    async def session(self, session_id: str) -> Session:
+        """One that is open, or that another process left in the store. Raises UnknownSessionError."""
+        if session_id not in self._sessions:
+            found = await self._run(partial(self._reopen, session_id))
+            if found is None:
+                raise UnknownSessionError("this session does not exist or has ended: create a new one")
+            self._sessions.setdefault(session_id, found)
+        return self._sessions[session_id]
 
-    async def create(self, model: LoadedModel, frame_HWC: Pixels, seed: int | None) -> Session:
+    async def create(
+        self, model: LoadedModel, frame_HWC: Pixels, seed: int | None, sampling: SamplingConfig | None = None
+    ) -> Session:
         """A world that starts at `frame_HWC`: uint8, of the model's frame size. Raises TooManySessionsError."""
         if self.num_sessions + self._starting >= self._settings.max_sessions:
             raise TooManySessionsError(
                 f"all {self._settings.max_sessions} sessions are taken: end one or try again later"
             )
         seed = secrets.randbelow(2**31) if seed is None else seed
+        session = Session(secrets.token_urlsafe(12), model, seed, sampling or model.genie.config.sampling, frame_HWC)
         self._starting += 1
         try:
-            prompt_BTHWC = torch.from_numpy(frame_HWC.copy())[None, None]
-            state = await self._run(lambda: model.genie.start(prompt_BTHWC, seed=seed))
+            await self._run(partial(self._begin, session))
         finally:
             self._starting -= 1
-        session = Session(secrets.token_urlsafe(12), model, state, seed, frame_HWC)
         self._sessions[session.id] = session
         return session
 
-    async def step(self, session: Session, action: int) -> tuple[int, Pixels]:
-        """Takes `action`; returns the steps so far and the frame they led to, (H, W, 3). Raises BadRequestError."""
+    async def step(self, session: Session, action: int, expected: int | None = None) -> tuple[int, Pixels]:
+        """Takes `action`; returns the steps so far and the frame they led to, (H, W, 3).
+
+        `expected` is the number that this step is to get. Sent again after a lost answer, the step is not taken twice:
+        its frame is the answer. Raises BadRequestError, BusyError, and SessionMovedError where `expected` is another.
+        """
         num_actions = session.model.info.num_actions
         if not 0 <= action < num_actions:
             raise BadRequestError(f"action must be from 0 to {num_actions - 1}, not {action}")
-        async with session.lock:
-            frame_BHWC = await self._run(lambda: session.model.genie.step(session.state, torch.tensor([action])))
-            session.frame_HWC = frame_BHWC[0].numpy()
-            session.steps += 1
-            session.last_used = time.monotonic()
-            return session.steps, session.frame_HWC
+        if session.waiting >= self._settings.max_waiting:
+            raise BusyError(f"{session.waiting} requests of this session are waiting: send the next after an answer")
+        session.waiting += 1
+        try:
+            async with session.lock:
+                if expected is not None and expected != session.steps + 1:
+                    if expected == session.steps > 0:
+                        return session.steps, session.frame_HWC
+                    raise SessionMovedError(f"step {expected} was asked for, but step {session.steps + 1} is next")
+                waiting = _Step(session, action, asyncio.get_running_loop().create_future())
+                self._steps.append(waiting)
+                self._step_came.set()
+                frame_HWC = await waiting.done
+                return session.steps, frame_HWC
+        finally:
+            session.waiting -= 1
+
+    async def play(self) -> None:
+        """Steps all that wait, pass after pass; runs until cancelled."""
+        while True:
+            await self._step_came.wait()
+            await self._gather()
+            batch = self._next_batch()
+            self._steps = [step for step in self._steps if step not in batch]
+            if not self._steps:
+                self._step_came.clear()
+            try:
+                frames = await self._run(partial(self._pass, batch))
+            except Exception as error:  # told to those who wait; the tokens in the store bring their worlds back
+                for step in batch:
+                    step.session.world = None
+                    if not step.done.done():
+                        step.done.set_exception(error)
+                continue
+            for step, frame_HWC in zip(batch, frames, strict=True):
+                step.session.frame_HWC = frame_HWC
+                step.session.steps += 1
+                step.session.last_used = time.monotonic()
+                if not step.done.done():  # its player may have gone
+                    step.done.set_result(frame_HWC)
+
+    def _next_batch(self) -> list[_Step]:
+        """Of those that wait, the first, and what can share its pass: at most one step of each session."""
+        first, batch = self._steps[0].session, dict[str, _Step]()
+        for step in self._steps:
+            alike = step.session.model is first.model and step.session.sampling == first.sampling
+            if alike and len(batch) < self._settings.max_batch:
+                batch.setdefault(step.session.id, step)
+        return list(batch.values())
 
     async def previews(self, session: Session, repeats: int) -> Pixels:
         """The frame that each action leads to when taken `repeats` times from here: uint8 (A, H, W, 3).
 
         The session itself stays where it is. Its own steps go first: then SessionMovedError is raised.
         """
-        genie, actions = session.model.genie, torch.arange(session.model.info.num_actions)
+        actions = torch.arange(session.model.info.num_actions)
         async with session.lock:
-            steps, worlds = session.steps, await self._run(partial(session.state.repeat, len(actions)))
+            steps, copies = session.steps, await self._run(partial(self._copies, session, len(actions)))
         for _ in range(repeats):
             async with session.lock:
                 if session.steps != steps:
                     raise SessionMovedError("the session went on while its previews were drawn: ask again")
-                frames_AHWC = await self._run(partial(genie.step, worlds, actions))
+                frames_AHWC = await self._run(partial(session.model.genie.step, copies, actions, session.sampling))
         return frames_AHWC.numpy()
 
-    def delete(self, session_id: str) -> None:
+    async def frames(self, session: Session, start: int, stop: int) -> Pixels:
+        """Frames start..stop of the session's past, frame 0 being the prompt: uint8 (T, H, W, 3)."""
+        if not 0 <= start < stop <= session.steps + 1:
+            raise BadRequestError(f"this session has frames 0 to {session.steps}, not {start} to {stop - 1}")
+        return await self._run(partial(self._past_frames, session, start, stop))
+
+    async def branch(self, session: Session, t: int) -> Session:
+        """A new session that shares this one's frames up to t, its seed and its model, and goes on by itself."""
+        if not 0 <= t <= session.steps:
+            raise BadRequestError(f"this session has frames 0 to {session.steps}, not {t}")
+        if self.num_sessions + self._starting >= self._settings.max_sessions:
+            raise TooManySessionsError(f"all {self._settings.max_sessions} sessions are taken: end one first")
+        new_id = secrets.token_urlsafe(12)
+        branch = await self._run(partial(self._branch, session, t, new_id))
+        self._sessions[branch.id] = branch
+        return branch
+
+    async def delete(self, session_id: str) -> None:
         """Raises UnknownSessionError."""
-        del self._sessions[self.session(session_id).id]
+        session = await self.session(session_id)
+        self._sessions.pop(session.id, None)
+        await self._run(partial(self._store.delete, [session.id]))
 
     async def expire_idle(self) -> None:
-        """Ends sessions that nobody has stepped for `idle_seconds`; runs until cancelled."""
+        """Ends sessions that nobody has stepped for `idle_seconds`, and parks the idle; runs until cancelled."""
         while True:
-            await asyncio.sleep(min(self._settings.idle_seconds / 4, 30.0))
-            oldest = time.monotonic() - self._settings.idle_seconds
-            for session in [s for s in self._sessions.values() if s.last_used < oldest]:
-                self.delete(session.id)
+            await asyncio.sleep(min(self._settings.idle_seconds / 4, 10.0))
+            now = time.monotonic()
+            for session in list(self._sessions.values()):
+                if now - session.last_used > self._settings.idle_seconds:
+                    await self.delete(session.id)
+                elif now - session.last_used > _PARK_SECONDS and not session.waiting:
+                    session.world = None
+            forgotten = await self._run(partial(self._store.unused_since, time.time() - self._settings.idle_seconds))
+            await self._run(partial(self._store.delete, [id for id in forgotten if id not in self._sessions]))
+
+    async def _gather(self) -> None:
+        """Waits a moment for players who just got a frame: their next step would come right after the pass began."""
+        began = time.monotonic()
+        while time.monotonic() - began < _GATHER_SECONDS:
+            waiting = {step.session.id for step in self._steps}
+            recent = began - _RECENT_SECONDS
+            if all(s.id in waiting or s.last_used < recent or not s.steps for s in self._sessions.values()):
+                return
+            await asyncio.sleep(0.001)
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+
+    # ---- in the worker thread
+
+    def _begin(self, session: Session) -> None:
+        prompt_BTHWC = torch.from_numpy(session.frame_HWC.copy())[None, None]
+        session.world = World(session.model.genie.start(prompt_BTHWC, seed=session.seed))
+        first = Frame(session.id, 0, NO_ACTION, session.world.state.codes_BNC[0].cpu().numpy())
+        self._store.create(self._record(session, png(session.frame_HWC)), [first])
+
+    def _pass(self, batch: list[_Step]) -> list[Pixels]:
+        sessions = [step.session for step in batch]
+        for session in sessions:
+            self._wake(session)
+        genie, sampling = sessions[0].model.genie, sessions[0].sampling
+        found = worlds.step(genie, [s.world for s in sessions if s.world], [step.action for step in batch], sampling)
+        self._store.append(
+            [
+                Frame(step.session.id, step.session.steps + 1, step.action, codes_NC)
+                for step, (_, codes_NC) in zip(batch, found, strict=True)
+            ]
+        )
+        return [frame_HWC for frame_HWC, _ in found]
+
+    def _wake(self, session: Session) -> World:
+        """Brings a parked world back, from the tokens of the last frames that matter."""
+        if session.world is None:
+            genie = session.model.genie
+            kept = self._kept(session, max(session.steps + 1 - genie.memory, 0), session.steps + 1)
+            codes_1TNC = torch.from_numpy(np.stack([frame.codes_NC for frame in kept]).astype(np.int64))[None]
+            actions_1T = torch.tensor([[frame.action for frame in kept]])
+            session.world = World(genie.resume(codes_1TNC, actions_1T, [session.seed], [session.steps + 1]))
+        return session.world
+
+    def _copies(self, session: Session, times: int) -> PlayState:
+        world = self._wake(session)
+        return world.state.take([world.row] * times)
+
+    def _past_frames(self, session: Session, start: int, stop: int) -> Pixels:
+        genie = session.model.genie
+        kept = self._kept(session, max(start + 1 - genie.memory, 0), stop)
+        frames_THWC = genie.pictures(torch.from_numpy(np.stack([f.codes_NC for f in kept]).astype(np.int64))[None])[0]
+        frames = frames_THWC.numpy()[start - kept[0].t :]
+        if start == 0:
+            record = self._store.record(session.id)
+            if record:
+                frames[0] = frame_from_png(record.prompt)
+        return frames
+
+    def _branch(self, session: Session, t: int, new_id: str) -> Session:
+        kept = self._kept(session, 0, t + 1)
+        record = self._store.record(session.id)
+        if record is None:
+            raise UnknownSessionError("this session has ended: create a new one")
+        branch = Session(new_id, session.model, session.seed, session.sampling, session.frame_HWC, steps=t)
+        branch.frame_HWC = self._past_frames(session, t, t + 1)[0]
+        copies = [Frame(new_id, frame.t, frame.action, frame.codes_NC) for frame in kept]
+        self._store.create(self._record(branch, record.prompt), copies)
+        return branch
+
+    def _reopen(self, session_id: str) -> Session | None:
+        record = self._store.record(session_id)
+        if record is None:
+            return None
+        version = FolderVersion(record.name, record.version, record.run_id, record.folder)
+        model = next((s.model for s in self._sessions.values() if s.model.folder == version.folder), self._model)
+        if model is None or model.folder != version.folder:
+            model = load(version)
+        sampling = SamplingConfig.model_validate_json(record.sampling)
+        steps = self._store.length(session_id) - 1
+        session = Session(record.id, model, record.seed, sampling, frame_from_png(record.prompt), steps=steps)
+        session.frame_HWC = self._past_frames(session, steps, steps + 1)[0]
+        return session
+
+    def _kept(self, session: Session, start: int, stop: int) -> list[Frame]:
+        tokenizer = session.model.genie.tokenizer
+        shape = (tokenizer.num_patches, tokenizer.config.codes_per_patch)
+        return self._store.frames(session.id, shape, start, stop)
+
+    def _record(self, session: Session, prompt: bytes) -> SessionRecord:
+        info = session.model.info
+        return SessionRecord(
+            session.id, info.name, info.version, info.run_id, session.model.folder, session.seed,
+            session.sampling.model_dump_json(), prompt,
+        )  # fmt: skip

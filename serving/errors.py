@@ -46,6 +46,10 @@ class BadRequestError(ServiceError):
     status, code = 422, "invalid_request"
 
 
+class BusyError(ServiceError):
+    status, code, retry_after_seconds = 429, "too_many_requests", 1
+
+
 class NotReadyError(ServiceError):
     status, code, retry_after_seconds = 503, "not_ready", 5
 

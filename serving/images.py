@@ -46,8 +46,21 @@ def png(frame_HWC: Pixels) -> bytes:
     return buffer.getvalue()
 
 
+def frame_from_png(packed: bytes) -> Pixels:
+    """What `png` packed."""
+    return np.array(Image.open(io.BytesIO(packed)).convert("RGB"))
+
+
 def png_data_url(frame_HWC: Pixels) -> str:
     return "data:image/png;base64," + base64.b64encode(png(frame_HWC)).decode()
+
+
+def gif(frames_THWC: Pixels, frames_per_second: int) -> bytes:
+    """uint8 frames as a GIF that goes round for ever. Its clock ticks in hundredths of a second."""
+    first, *more = (Image.fromarray(frame_HWC) for frame_HWC in frames_THWC)
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=more, duration=round(100 / frames_per_second) * 10, loop=0)
+    return buffer.getvalue()
 
 
 def _too_many_pixels(max_pixels: int) -> UploadTooLargeError:

@@ -83,6 +83,7 @@ class LoadedModel:
 
     genie: Genie
     info: ModelInfo
+    folder: str
     start_frames: dict[str, bytes]
 
 
@@ -99,6 +100,7 @@ def load(version: ModelVersion) -> LoadedModel:
             frame_height=genie.config.data.frame_height,
             frame_width=genie.config.data.frame_width,
         ),
+        folder=version.folder,
         start_frames=_read_start_frames(version.folder),
     )
 

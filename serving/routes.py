@@ -5,14 +5,24 @@ from __future__ import annotations
 import time
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, File, Form, Query, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, Response, UploadFile
 from starlette.concurrency import run_in_threadpool
 
 from serving.engine import Engine, Session
 from serving.errors import BadRequestError, UnknownStartFrameError
-from serving.images import Pixels, frame_from_upload, png, png_data_url
+from serving.images import Pixels, frame_from_upload, gif, png, png_data_url
 from serving.model import LoadedModel
-from serving.schemas import ErrorBody, ModelInfo, Previews, Ready, SessionInfo, StartFrame, Starts, StepRequest
+from serving.schemas import (
+    BranchRequest,
+    ErrorBody,
+    ModelInfo,
+    Previews,
+    Ready,
+    SessionInfo,
+    StartFrame,
+    Starts,
+    StepRequest,
+)
 from serving.settings import Settings
 
 
@@ -32,11 +42,12 @@ SettingsDep = Annotated[Settings, Depends(get_settings)]
 health = APIRouter(tags=["health"])
 v1 = APIRouter(prefix="/v1", tags=["play"], responses={"default": {"model": ErrorBody}})
 
+_GIF = {200: {"content": {"image/gif": {}}, "description": "the animation"}}
 _PNG = {200: {"content": {"image/png": {}}, "description": "the frame; X-Steps says which"}}
 
 
-def get_session(session_id: str, engine: EngineDep) -> Session:
-    return engine.session(session_id)
+async def get_session(session_id: str, engine: EngineDep) -> Session:
+    return await engine.session(session_id)
 
 
 SessionDep = Annotated[Session, Depends(get_session)]
@@ -82,17 +93,25 @@ async def create_session(
     ] = None,
     start_frame: Annotated[str | None, Form(description="the name of a built-in start frame")] = None,
     seed: Annotated[int | None, Form(ge=0, lt=2**31, description="the same seed dreams the same world")] = None,
+    temperature: Annotated[
+        float | None, Form(ge=0, le=10, allow_inf_nan=False, description="of the tokens' distribution")
+    ] = None,
+    maskgit_steps: Annotated[int | None, Form(ge=1, description="MaskGIT steps a frame, up to a limit")] = None,
 ) -> SessionInfo:
     """A new world, from an uploaded image or a built-in start frame."""
     model = engine.model
     if (image is None) == (start_frame is None):
         raise BadRequestError("send either an image or the name of a start_frame")
+    if maskgit_steps is not None and maskgit_steps > settings.max_maskgit_steps:
+        raise BadRequestError(f"maskgit_steps must be from 1 to {settings.max_maskgit_steps}, not {maskgit_steps}")
+    asked = {"temperature": temperature, "maskgit_steps": maskgit_steps}
+    sampling = model.genie.config.sampling.model_copy(update={k: v for k, v in asked.items() if v is not None})
     async with engine.decoding:
         picture = await image.read() if image else _start_frame(model, start_frame or "")
         frame_HWC = await run_in_threadpool(
             frame_from_upload, picture, model.info.frame_height, model.info.frame_width, settings.max_upload_pixels
         )
-    return (await engine.create(model, frame_HWC, seed)).info()
+    return (await engine.create(model, frame_HWC, seed, sampling)).info()
 
 
 @v1.get("/sessions/{session_id}")
@@ -110,7 +129,7 @@ async def frame(session: SessionDep) -> Response:
 async def step(body: StepRequest, session: SessionDep, engine: EngineDep) -> Response:
     """Takes one action and answers with the next frame as PNG."""
     began = time.perf_counter()
-    steps, frame_HWC = await engine.step(session, body.action)
+    steps, frame_HWC = await engine.step(session, body.action, body.step)
     milliseconds = (time.perf_counter() - began) * 1000
     return _frame_response(steps, frame_HWC, **{"Server-Timing": f"step;dur={milliseconds:.1f}"})
 
@@ -127,10 +146,35 @@ async def previews(
     return Previews(steps=steps, repeats=repeats, images=[png_data_url(frame_HWC) for frame_HWC in frames_AHWC])
 
 
+@v1.get("/sessions/{session_id}/frames/{t}", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
+async def past_frame(session: SessionDep, engine: EngineDep, t: Annotated[int, Path(ge=0)]) -> Response:
+    """Any frame of the session's past as PNG; frame 0 is the prompt."""
+    return _frame_response(t, (await engine.frames(session, t, t + 1))[0])
+
+
+@v1.get("/sessions/{session_id}/animation.gif", response_class=Response, responses=_GIF)  # type: ignore[arg-type]
+async def animation(
+    session: SessionDep,
+    engine: EngineDep,
+    frames_per_second: Annotated[int, Query(ge=1, le=50)] = 10,
+    last: Annotated[int, Query(ge=1, le=1000, description="at most so many frames, the newest")] = 300,
+) -> Response:
+    """The session as an animation."""
+    frames_THWC = await engine.frames(session, max(session.steps + 1 - last, 0), session.steps + 1)
+    packed = await run_in_threadpool(gif, frames_THWC, frames_per_second)
+    return Response(packed, media_type="image/gif", headers={"Cache-Control": "no-store"})
+
+
+@v1.post("/sessions/{session_id}/branch", status_code=201)
+async def branch(body: BranchRequest, session: SessionDep, engine: EngineDep) -> SessionInfo:
+    """A new session that shares this one's frames up to t, and its seed: what if another action had been taken?"""
+    return (await engine.branch(session, body.t)).info()
+
+
 @v1.delete("/sessions/{session_id}", status_code=204)
 async def delete_session(session_id: str, engine: EngineDep) -> None:
     """Ends a session."""
-    engine.delete(session_id)
+    await engine.delete(session_id)
 
 
 def _start_frame(model: LoadedModel, name: str) -> bytes:

@@ -37,12 +37,26 @@ class SessionInfo(BaseModel):
     model: ModelInfo
     seed: int
     steps: int = Field(description="actions taken so far; frame 0 is the prompt")
+    temperature: float = Field(description="of the tokens' distribution")
+    maskgit_steps: int = Field(description="MaskGIT steps a frame")
 
 
 class StepRequest(BaseModel):
     """The action to take, checked against the session's own model."""
 
     action: int = Field(description="0 .. num_actions - 1", examples=[2])
+    step: int | None = Field(
+        None,
+        ge=1,
+        description="the number that this step is to get: sent again after a lost answer, it is not taken twice",
+        examples=[1],
+    )
+
+
+class BranchRequest(BaseModel):
+    """What if, at that frame, another action had been taken?"""
+
+    t: int = Field(ge=0, description="the last frame that both have in common; 0 is the prompt", examples=[12])
 
 
 class Previews(BaseModel):

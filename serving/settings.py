@@ -27,6 +27,12 @@ class Settings(BaseSettings):
     alias: str = Field("champion", description="the alias that says which version is served")
     wait: bool = Field(False, description="start without a model and wait for one (/readyz says 503 until then)")
     poll_seconds: float = Field(10.0, gt=0, description="how often the alias is looked up")
+    session_store: str = Field(
+        ":memory:", description="a file that keeps sessions beyond the process; :memory: keeps none"
+    )
+    max_batch: int = Field(8, ge=1, description="sessions that step in one pass of the model")
+    max_waiting: int = Field(8, ge=1, description="requests of one session that may wait for their turn")
+    max_maskgit_steps: int = Field(25, ge=1, description="most MaskGIT steps a frame that a session may ask for")
     max_sessions: int = Field(16, ge=1, description="sessions open at once")
     idle_seconds: float = Field(900.0, gt=0, description="a session that nobody steps for this long ends")
     max_upload_bytes: int = Field(10 * 2**20, ge=1024, description="largest upload")

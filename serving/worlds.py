@@ -1,0 +1,40 @@
+"""Worlds that step together: one pass of the model for all players who wait for their next frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from genie_model.config import SamplingConfig
+from genie_model.genie import Genie, PlayState
+from serving.images import Pixels
+from serving.store import Codes
+
+
+@dataclass
+class World:
+    """A session's row in the state that it shares with the sessions it last stepped beside."""
+
+    state: PlayState
+    row: int = 0
+
+
+def step(
+    genie: Genie, worlds: Sequence[World], actions: Sequence[int], sampling: SamplingConfig
+) -> list[tuple[Pixels, Codes]]:
+    """Takes each world's action; returns each's frame (H, W, 3) and its codes (N, C).
+
+    Worlds that stepped together last time do so in place; others are first brought side by side, which copies their
+    pasts once. What a world becomes does not hang on what steps beside it.
+    """
+    state = worlds[0].state
+    if any(world.state is not state for world in worlds) or len(worlds) != len(state.seeds):
+        state = PlayState.stack([world.state.take([world.row]) for world in worlds])
+        for row, world in enumerate(worlds):
+            world.state, world.row = state, row
+    action_of = dict(zip((world.row for world in worlds), actions, strict=True))
+    frames_BHWC = genie.step(state, torch.tensor([action_of[row] for row in range(len(worlds))]), sampling).numpy()
+    codes_BNC = state.codes_BNC.cpu().numpy().astype("<u2")
+    return [(frames_BHWC[world.row], codes_BNC[world.row]) for world in worlds]
