@@ -115,7 +115,7 @@ class Engine:
         Raises ValueError, saying what to do, when there is no champion or it does not load; the model in use stays.
         """
         version = self._source.champion()
-        if self._model and (self._model.info.version, self._model.info.run_id) == (version.version, version.run_id):
+        if self._model and self._model.is_of(version):
             return
         began = time.perf_counter()
         model = load(version)
@@ -362,9 +362,8 @@ class Engine:
         if record is None:
             return None
         version = FolderVersion(record.name, record.version, record.run_id, record.folder)
-        model = next((s.model for s in self._sessions.values() if s.model.folder == version.folder), self._model)
-        if model is None or model.folder != version.folder:
-            model = load(version)
+        loaded = [self._model, *(session.model for session in self._sessions.values())]
+        model = next((model for model in loaded if model and model.is_of(version)), None) or load(version)
         sampling = SamplingConfig.model_validate_json(record.sampling)
         steps = self._store.length(session_id) - 1
         session = Session(record.id, model, record.seed, sampling, frame_from_png(record.prompt), steps=steps)

@@ -86,6 +86,9 @@ class LoadedModel:
     folder: str
     start_frames: dict[str, bytes]
 
+    def is_of(self, version: ModelVersion) -> bool:
+        return (self.info.version, self.info.run_id) == (version.version, version.run_id)
+
 
 def load(version: ModelVersion) -> LoadedModel:
     """Raises ValueError when the folder holds no whole model."""

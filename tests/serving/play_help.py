@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from fastapi.testclient import TestClient
+from httpx import Response
 from PIL import Image
 
 from serving.model import FolderVersion
@@ -35,3 +37,28 @@ class Registry:
 
     def set_alias(self, version: str, folder: Path) -> None:
         self.version = FolderVersion("genie", version, f"run-of-{version}", str(folder))
+
+
+def create(client: TestClient, start_frame: str = "00", **form: object) -> str:
+    response = client.post("/v1/sessions", data={"start_frame": start_frame, **form})
+    assert response.status_code == 201, response.text
+    return str(response.json()["id"])
+
+
+def step(client: TestClient, session: str, action: int) -> Response:
+    return client.post(f"/v1/sessions/{session}/step", json={"action": action})
+
+
+def play(client: TestClient, actions: list[int], **form: object) -> list[bytes]:
+    session = create(client, **form)
+    return [step(client, session, action).content for action in actions]
+
+
+def assert_error(response: Response, status: int, code: str, *words: str) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(response.json()) == {"error"}
+    assert error["code"] == code
+    assert "\n" not in error["message"]
+    for word in words:
+        assert word in error["message"]

@@ -15,40 +15,15 @@ import pytest
 from fastapi.testclient import TestClient
 from httpx import Response
 from PIL import Image
-from play_help import Registry, picture, pixels
+from play_help import Registry, assert_error, create, picture, pixels, play, step
 
 from serving.images import frame_from_upload
 
 Serve = Callable[..., TestClient]
 
 
-def create(client: TestClient, start_frame: str = "00", **form: object) -> str:
-    response = client.post("/v1/sessions", data={"start_frame": start_frame, **form})
-    assert response.status_code == 201, response.text
-    return str(response.json()["id"])
-
-
 def upload(client: TestClient, image: bytes) -> Response:
     return client.post("/v1/sessions", files={"image": ("image", image)})
-
-
-def step(client: TestClient, session: str, action: int) -> Response:
-    return client.post(f"/v1/sessions/{session}/step", json={"action": action})
-
-
-def play(client: TestClient, actions: list[int], **form: object) -> list[bytes]:
-    session = create(client, **form)
-    return [step(client, session, action).content for action in actions]
-
-
-def assert_error(response: Response, status: int, code: str, *words: str) -> None:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(response.json()) == {"error"}
-    assert error["code"] == code
-    assert "\n" not in error["message"]
-    for word in words:
-        assert word in error["message"]
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
