@@ -363,12 +363,27 @@ class Engine:
             return None
         version = FolderVersion(record.name, record.version, record.run_id, record.folder)
         loaded = [self._model, *(session.model for session in self._sessions.values())]
-        model = next((model for model in loaded if model and model.is_of(version)), None) or load(version)
+        model = next((model for model in loaded if model and model.is_of(version)), None) or self._load_again(version)
         sampling = SamplingConfig.model_validate_json(record.sampling)
         steps = self._store.length(session_id) - 1
         session = Session(record.id, model, record.seed, sampling, frame_from_png(record.prompt), steps=steps)
         session.frame_HWC = self._past_frames(session, steps, steps + 1)[0]
         return session
+
+    def _load_again(self, version: FolderVersion) -> LoadedModel:
+        """From the folder where a process had it, or where that was another machine's, from the source."""
+        try:
+            return load(version)
+        except ValueError:
+            try:
+                model = load(self._source.version(version.version))
+            except ValueError as error:
+                raise NotReadyError(f"this session's model is not to be had: {error}") from None
+            if not model.is_of(version):
+                raise NotReadyError(
+                    f"this session's model, {version.name} {version.version}, is not served here"
+                ) from None
+            return model
 
     def _kept(self, session: Session, start: int, stop: int) -> list[Frame]:
         tokenizer = session.model.genie.tokenizer

@@ -38,6 +38,9 @@ class ModelSource(Protocol):
     def champion(self) -> ModelVersion:
         """Raises ValueError, saying what to do, when there is none."""
 
+    def version(self, number: str) -> ModelVersion:
+        """One that was served before. Raises ValueError when it is not to be had any more."""
+
 
 @dataclass(frozen=True)
 class FolderVersion:
@@ -56,6 +59,9 @@ class FolderSource:
     def champion(self) -> ModelVersion:
         return FolderVersion(PurePosixPath(self.uri.rstrip("/")).name, "folder", "", self.uri)
 
+    def version(self, number: str) -> ModelVersion:
+        return self.champion()
+
 
 @dataclass(frozen=True)
 class RegistrySource:
@@ -69,6 +75,11 @@ class RegistrySource:
         from genie_model import tracking  # mlflow takes seconds to import, and a folder needs none of it
 
         return tracking.champion(self.model_name, self.alias, self.tracking_uri or "")
+
+    def version(self, number: str) -> ModelVersion:
+        from genie_model import tracking
+
+        return tracking.numbered(number, self.model_name, self.tracking_uri or "")
 
 
 def model_source(settings: Settings) -> ModelSource:
@@ -87,7 +98,8 @@ class LoadedModel:
     start_frames: dict[str, bytes]
 
     def is_of(self, version: ModelVersion) -> bool:
-        return (self.info.version, self.info.run_id) == (version.version, version.run_id)
+        mine = (self.info.name, self.info.version, self.info.run_id)
+        return mine == (version.name, version.version, version.run_id)
 
 
 def load(version: ModelVersion) -> LoadedModel:

@@ -3,10 +3,21 @@
 import logging
 import os
 
-from genie_model.tracking.registry import Decision, ModelVersion, champion, decide, promote, register
+from genie_model.tracking.registry import Decision, ModelVersion, champion, decide, numbered, promote, register
 from genie_model.tracking.runs import StepRun, connect, step
 
-__all__ = ["Decision", "ModelVersion", "StepRun", "champion", "connect", "decide", "promote", "register", "step"]
+__all__ = [
+    "Decision",
+    "ModelVersion",
+    "StepRun",
+    "champion",
+    "connect",
+    "decide",
+    "numbered",
+    "promote",
+    "register",
+    "step",
+]
 
 # A step's screen belongs to its own progress bar and summary.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -187,9 +187,23 @@ def champion(
             f"no version of model {model_name!r} has the alias {alias!r}: run the pipeline (`make demo`), "
             f"or set the alias in MLflow's Models page at {client.tracking_uri}"
         )
-    return ModelVersion(
-        model_name, str(version.version), str(version.run_id), str(_download(client, model_name, version, cache_dir))
-    )
+    return _local(client, model_name, version, cache_dir)
+
+
+def numbered(
+    version: str, model_name: str = "genie", tracking_uri: str = "", cache_dir: str | None = None
+) -> ModelVersion:
+    """The version of that number, as `champion` brings it. Raises ValueError when it is not to be had."""
+    try:
+        client = connect(tracking_uri)
+        return _local(client, model_name, client.get_model_version(model_name, version), cache_dir)
+    except MlflowException as error:
+        raise ValueError(f"MLflow has no version {version} for us: {' '.join(str(error).split())[:300]}") from None
+
+
+def _local(client: MlflowClient, name: str, version: Any, cache_dir: str | None) -> ModelVersion:
+    folder = _download(client, name, version, cache_dir)
+    return ModelVersion(name, str(version.version), str(version.run_id), str(folder))
 
 
 def _download(client: MlflowClient, name: str, version: Any, cache_dir: str | None = None) -> Path:

@@ -20,7 +20,7 @@ from genie_model.checkpoint import load_model, save_model
 from genie_model.genie import Genie
 from genie_model.presets import get_preset
 from genie_model.progress import RUNNER_VARIABLE
-from genie_model.tracking import StepRun, champion, decide, promote, register, step
+from genie_model.tracking import StepRun, champion, decide, numbered, promote, register, step
 
 GOOD = {"delta_psnr_t4": 1.0, "delta_psnr_t4_ci95": 0.3, "lam_action_usage": 1.0, "rollout_psnr_t1": 20.0}
 
@@ -174,6 +174,9 @@ def test_registry_and_alias(store: Path, model_uri: str, tiny_data_uri: str, mon
     assert (served.version, served.run_id) == (first, run.parent_id)
     assert Path(served.folder, "model.safetensors").read_bytes() == Path(model_uri, "model.safetensors").read_bytes()
     assert champion() == served
+    assert numbered(served.version) == served
+    with pytest.raises(ValueError, match="no version 77"):
+        numbered("77")
 
     client.set_registered_model_alias("genie", "champion", second)  # by hand, as in MLflow's UI
     server = os.environ["MLFLOW_TRACKING_URI"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +28,19 @@ def pixels(png: bytes) -> np.ndarray:
 class Registry:
     """A model source whose alias a test moves by hand."""
 
-    version: FolderVersion | None = None
+    current: FolderVersion | None = None
+    versions: dict[str, FolderVersion] = field(default_factory=dict)
 
     def champion(self) -> FolderVersion:
-        if self.version is None:
+        if self.current is None:
             raise ValueError("no champion yet: run the pipeline")
-        return self.version
+        return self.current
+
+    def version(self, number: str) -> FolderVersion:
+        return self.versions[number]
 
     def set_alias(self, version: str, folder: Path) -> None:
-        self.version = FolderVersion("genie", version, f"run-of-{version}", str(folder))
+        self.current = self.versions[version] = FolderVersion("genie", version, f"run-of-{version}", str(folder))
 
 
 def create(client: TestClient, start_frame: str = "00", **form: object) -> str:

@@ -205,7 +205,7 @@ def test_an_idle_session_ends(serve: Serve) -> None:
 
 
 def test_ready_only_once_a_model_is_loaded(serve: Serve, registry: Registry, model_folder: Path) -> None:
-    registry.version = None
+    registry.current = None
     client = serve(wait=True)
     assert client.get("/healthz").status_code == 200
     eventually(lambda: "run the pipeline" in client.get("/readyz").text)

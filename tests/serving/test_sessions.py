@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,25 @@ def test_sessions_survive_the_process(serve: Serve, registry: Registry, tmp_path
     assert nearly(pixels(client.get(f"/v1/sessions/{session}/frame").content), pixels(undisturbed[1]))
     assert nearly(pixels(step(client, session, 2).content), pixels(expected))
     assert_error(step(client, ended, 0), 404, "unknown_session")
+
+
+def test_another_machine_fetches_a_session_s_model_from_the_registry(
+    serve: Serve, registry: Registry, tmp_path: Path, model_folder: Path
+) -> None:
+    kept = {"session_store": str(tmp_path / "sessions.db")}
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(model_folder, here)
+    registry.set_alias("1", here)
+    client = serve(**kept)
+    session = create(client)
+    client.__exit__(None, None, None)
+    here.rename(there)
+    registry.set_alias("2", model_folder)
+    client = serve(**kept)
+    assert_error(step(client, session, 0), 503, "not_ready", "not to be had")
+    registry.set_alias("1", there)
+    assert step(client, session, 0).headers["x-steps"] == "1"
+    assert client.get(f"/v1/sessions/{session}").json()["model"]["version"] == "1"
 
 
 def test_an_idle_session_ends_in_the_store_too(serve: Serve, tmp_path: Path) -> None:
