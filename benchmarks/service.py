@@ -9,15 +9,16 @@ its next action once its frame has come. Latency is from the key to the frame's 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import http.client
 import json
 import statistics
 import subprocess
 import sys
 import time
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import torch
 
 from benchmarks.__main__ import machine, matmul_rate
@@ -45,7 +46,7 @@ def main() -> None:
     for players in arguments.players:
         rate = matmul_rate(4096)
         alone = library_frames_per_second(genie, players, arguments.seconds / 4)
-        found = asyncio.run(service(arguments.model, arguments.store, players, arguments.seconds))
+        found = service(arguments.model, arguments.store, players, arguments.seconds)
         after = library_frames_per_second(genie, players, arguments.seconds / 4)
         rows.append({"players": players, "library_fps": (alone + after) / 2, **found, "matmul": rate})
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
@@ -70,22 +71,19 @@ def library_frames_per_second(genie: Genie, worlds: int, seconds: float) -> floa
     return worlds / statistics.median(times[_WARM:])
 
 
-async def service(model: str, store: str, players: int, seconds: float) -> dict[str, float]:
+def service(model: str, store: str, players: int, seconds: float) -> dict[str, float]:
     command = [sys.executable, "-m", "serving", "--port", "0", "--model-uri", model, "--session-store", store]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout
-        url = next(line for line in process.stdout if "http://" in line).split("http://")[1].split()[0]
-        async with httpx.AsyncClient(base_url=f"http://{url}", timeout=60) as client:
-            names = [frame["name"] for frame in (await client.get("/v1/starts")).json()["start_frames"]]
-            start = time.perf_counter()
-            taken = await asyncio.gather(
-                *(play(client, names[i % len(names)], i, start + 3, start + 3 + seconds) for i in range(players))
-            )
+        address = next(line for line in process.stdout if "http://" in line).split("http://")[1].split()[0]
+        begin = time.perf_counter() + 3
+        with ThreadPoolExecutor(players) as pool:
+            taken = pool.map(lambda player: play(address, player, begin, begin + seconds), range(players))
+        latencies = sorted(latency for one in taken for latency in one)
     finally:
         process.terminate()
         process.wait(timeout=30)
-    latencies = sorted(latency for one in taken for latency in one)
     return {
         "fps": len(latencies) / seconds,
         "median_ms": 1e3 * statistics.median(latencies),
@@ -93,14 +91,25 @@ async def service(model: str, store: str, players: int, seconds: float) -> dict[
     }
 
 
-async def play(client: httpx.AsyncClient, start_frame: str, seed: int, begin: float, end: float) -> list[float]:
+def play(address: str, player: int, begin: float, end: float) -> list[float]:
     """The seconds that each step took whose frame came between the two moments."""
-    created = await client.post("/v1/sessions", data={"start_frame": start_frame, "seed": str(seed)})
-    session, num_actions = created.raise_for_status().json()["id"], created.json()["model"]["num_actions"]
+    connection = http.client.HTTPConnection(address, timeout=60)
+
+    def answer(method: str, path: str, body: str | None = None, kind: str = "application/json") -> bytes:
+        connection.request(method, path, body, {"Content-Type": kind})
+        found = connection.getresponse()
+        text = found.read()
+        if found.status >= 400:
+            raise RuntimeError(f"{method} {path} was answered with {found.status}: {text[:300]!r}")
+        return text
+
+    names = [frame["name"] for frame in json.loads(answer("GET", "/v1/starts"))["start_frames"]]
+    form = urllib.parse.urlencode({"start_frame": names[player % len(names)], "seed": player})
+    session = json.loads(answer("POST", "/v1/sessions", form, "application/x-www-form-urlencoded"))
     latencies, t = [], 0
     while (sent := time.perf_counter()) < end:
-        answer = await client.post(f"/v1/sessions/{session}/step", json={"action": (t // 8 + seed) % num_actions})
-        answer.raise_for_status()
+        action = (t // 8 + player) % session["model"]["num_actions"]
+        answer("POST", f"/v1/sessions/{session['id']}/step", json.dumps({"action": action}))
         t += 1
         if begin < (now := time.perf_counter()) < end:
             latencies.append(now - sent)

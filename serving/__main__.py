@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from genie_model.progress import summary
+from serving.access import JsonLines
 from serving.app import create_app
 from serving.settings import Settings
 
@@ -21,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status; 1 after one line that says what to do."""
     try:
         settings = CliApp.run(Settings, cli_args=sys.argv[1:] if arguments is None else arguments)
+        set_up_logs(settings)
         listener = bind(settings.host, settings.port)  # before the model loads: a port in use shows at once
         app = create_app(settings)
         if not settings.wait:
@@ -37,6 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     return 0 if server.started else 1
+
+
+def set_up_logs(settings: Settings) -> None:
+    """Requests are logged in JSON only: on a person's screen they would bury the rest."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else logging.Formatter("[%(name)s] %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if settings.log_format == "text":
+        logging.getLogger("serving.access").setLevel(logging.WARNING)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -61,6 +73,4 @@ def _refuse(reason: str) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="[%(name)s] %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     sys.exit(main())

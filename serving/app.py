@@ -13,8 +13,11 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.access import Access
 from serving.engine import Engine
 from serving.errors import UploadTooLargeError, install_error_handlers
+from serving.live import live
+from serving.metrics import Metrics
 from serving.model import ModelSource, model_source
 from serving.routes import health, v1
 from serving.settings import Settings
@@ -34,7 +37,8 @@ def create_app(settings: Settings | None = None, source: ModelSource | None = No
     loads it at once, or raises ValueError saying what is missing.
     """
     settings = settings or Settings()
-    engine = Engine(settings, source or model_source(settings))
+    metrics = Metrics()
+    engine = Engine(settings, source or model_source(settings), metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -47,11 +51,12 @@ def create_app(settings: Settings | None = None, source: ModelSource | None = No
 
     app = FastAPI(title="Genie", summary="Play a world learned from video", version=version("genie-platform"),
                   lifespan=lifespan)  # fmt: skip
-    app.state.settings, app.state.engine = settings, engine
+    app.state.settings, app.state.engine, app.state.metrics = settings, engine, metrics
     app.add_middleware(BodyLimit, max_bytes=settings.max_upload_bytes + _FORM_BYTES)
+    app.add_middleware(Access, metrics=metrics)
     install_error_handlers(app)
-    app.include_router(health)
-    app.include_router(v1)
+    for router in (health, v1, live):
+        app.include_router(router)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

@@ -34,6 +34,7 @@ from serving.errors import (
     UnknownSessionError,
 )
 from serving.images import Pixels, frame_from_png, png
+from serving.metrics import Metrics
 from serving.model import FolderVersion, LoadedModel, ModelSource, load, warm
 from serving.schemas import SessionInfo
 from serving.settings import Settings
@@ -42,6 +43,7 @@ from serving.worlds import World
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_ENDED = "this session does not exist or has ended: create a new one"
 _GATHER_SECONDS = 0.005  # how long a pass waits for players who just stepped
 _RECENT_SECONDS = 0.25
 _PARK_SECONDS = 30.0  # a world nobody steps for so long leaves memory; its tokens bring it back
@@ -80,13 +82,15 @@ class _Step:
     session: Session
     action: int
     done: asyncio.Future[Pixels]
+    came: float = field(default_factory=time.perf_counter)
 
 
 class Engine:
     """Follows the champion and plays sessions."""
 
-    def __init__(self, settings: Settings, source: ModelSource) -> None:
+    def __init__(self, settings: Settings, source: ModelSource, metrics: Metrics) -> None:
         """Raises ValueError when the store's file cannot be used."""
+        self._metrics = metrics
         self._settings = settings
         self._source = source
         self._store = SessionStore(settings.session_store)
@@ -120,7 +124,11 @@ class Engine:
         began = time.perf_counter()
         model = load(version)
         self._worker.submit(warm, model).result()
+        if self._model:
+            self._metrics.serving.remove(self._model.info.name, self._model.info.version)
         self._model = model
+        self._metrics.serving.labels(model.info.name, model.info.version).set(1)
+        self._metrics.reloads.labels("loaded").inc()
         log.info("serving %s version %s, loaded in %.1f s", version.name, version.version, time.perf_counter() - began)
 
     def follow(self) -> None:
@@ -135,6 +143,7 @@ class Engine:
             except Exception as error:  # whatever is wrong with the registry or a new version, players play on
                 if str(error) != self._problem:
                     self._problem = str(error)
+                    self._metrics.reloads.labels("refused").inc()
                     log.warning("no new model: %s", error)
             self._stopped.wait(self._settings.poll_seconds)
 
@@ -149,12 +158,17 @@ class Engine:
     def num_sessions(self) -> int:
         return len(self._sessions)
 
+    @property
+    def num_waiting(self) -> int:
+        """Steps that wait for a pass."""
+        return len(self._steps)
+
     async def session(self, session_id: str) -> Session:
         """One that is open, or that another process left in the store. Raises UnknownSessionError."""
         if session_id not in self._sessions:
             found = await self._run(partial(self._reopen, session_id))
             if found is None:
-                raise UnknownSessionError("this session does not exist or has ended: create a new one")
+                raise UnknownSessionError(_ENDED)
             self._sessions.setdefault(session_id, found)
         return self._sessions[session_id]
 
@@ -190,6 +204,8 @@ class Engine:
         session.waiting += 1
         try:
             async with session.lock:
+                if session.id not in self._sessions:
+                    raise UnknownSessionError(_ENDED)
                 if expected is not None and expected != session.steps + 1:
                     if expected == session.steps > 0:
                         return session.steps, session.frame_HWC
@@ -211,6 +227,7 @@ class Engine:
             self._steps = [step for step in self._steps if step not in batch]
             if not self._steps:
                 self._step_came.clear()
+            began = time.perf_counter()
             try:
                 frames = await self._run(partial(self._pass, batch))
             except Exception as error:  # told to those who wait; the tokens in the store bring their worlds back
@@ -219,12 +236,22 @@ class Engine:
                     if not step.done.done():
                         step.done.set_exception(error)
                 continue
+            self._measured(batch, began, time.perf_counter())
             for step, frame_HWC in zip(batch, frames, strict=True):
                 step.session.frame_HWC = frame_HWC
                 step.session.steps += 1
                 step.session.last_used = time.monotonic()
                 if not step.done.done():  # its player may have gone
                     step.done.set_result(frame_HWC)
+
+    def _measured(self, batch: list[_Step], began: float, ended: float) -> None:
+        metrics = self._metrics
+        metrics.batch_size.observe(len(batch))
+        metrics.frames.inc(len(batch))
+        metrics.phase_seconds.labels("model").observe(ended - began)
+        for step in batch:
+            metrics.phase_seconds.labels("queue").observe(began - step.came)
+            metrics.phase_seconds.labels("total").observe(ended - step.came)
 
     def _next_batch(self) -> list[_Step]:
         """Of those that wait, the first, and what can share its pass: at most one step of each session."""
@@ -350,7 +377,7 @@ class Engine:
         kept = self._kept(session, 0, t + 1)
         record = self._store.record(session.id)
         if record is None:
-            raise UnknownSessionError("this session has ended: create a new one")
+            raise UnknownSessionError(_ENDED)
         branch = Session(new_id, session.model, session.seed, session.sampling, session.frame_HWC, steps=t)
         branch.frame_HWC = self._past_frames(session, t, t + 1)[0]
         copies = [Frame(new_id, frame.t, frame.action, frame.codes_NC) for frame in kept]

@@ -46,6 +46,15 @@ def png(frame_HWC: Pixels) -> bytes:
     return buffer.getvalue()
 
 
+def packed(frame_HWC: Pixels, picture: str) -> bytes:
+    """A uint8 frame as "png", "webp" or "jpeg"."""
+    if picture == "png":
+        return png(frame_HWC)
+    buffer = io.BytesIO()
+    Image.fromarray(frame_HWC).save(buffer, picture, quality=90)
+    return buffer.getvalue()
+
+
 def frame_from_png(packed: bytes) -> Pixels:
     """What `png` packed."""
     return np.array(Image.open(io.BytesIO(packed)).convert("RGB"))

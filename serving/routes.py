@@ -6,11 +6,13 @@ import time
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, Response, UploadFile
+from fastapi.responses import PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
 from serving.engine import Engine, Session
 from serving.errors import BadRequestError, UnknownStartFrameError
 from serving.images import Pixels, frame_from_upload, gif, png, png_data_url
+from serving.metrics import Metrics
 from serving.model import LoadedModel
 from serving.schemas import (
     BranchRequest,
@@ -63,6 +65,15 @@ async def healthz() -> dict[str, str]:
 async def readyz(engine: EngineDep) -> Ready:
     """A model is loaded and warm: players can be sent here."""
     return Ready(model=engine.model.info, sessions=engine.num_sessions)
+
+
+@health.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request, engine: EngineDep) -> PlainTextResponse:
+    """What Prometheus scrapes."""
+    found: Metrics = request.app.state.metrics
+    found.sessions.set(engine.num_sessions)
+    found.queue.set(engine.num_waiting)
+    return PlainTextResponse(found.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @v1.get("/model")

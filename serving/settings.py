@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -27,6 +29,7 @@ class Settings(BaseSettings):
     alias: str = Field("champion", description="the alias that says which version is served")
     wait: bool = Field(False, description="start without a model and wait for one (/readyz says 503 until then)")
     poll_seconds: float = Field(10.0, gt=0, description="how often the alias is looked up")
+    log_format: Literal["text", "json"] = Field("text", description="json: a line of JSON for every request and event")
     session_store: str = Field(
         ":memory:", description="a file that keeps sessions beyond the process; :memory: keeps none"
     )

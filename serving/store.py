@@ -79,7 +79,7 @@ class SessionStore:
             self._insert(frames)
 
     def append(self, frames: Sequence[Frame]) -> None:
-        """The next frames of some sessions, all or none of them."""
+        """The next frames of some sessions, all or none of them; a session that has ended meanwhile gets none."""
         with self._db:
             self._insert(frames)
             now = time.time()
@@ -121,6 +121,9 @@ class SessionStore:
 
     def _insert(self, frames: Sequence[Frame]) -> None:
         self._db.executemany(
-            "INSERT INTO frames VALUES (?, ?, ?, ?)",
-            [(frame.session, frame.t, frame.action, frame.codes_NC.astype("<u2").tobytes()) for frame in frames],
+            "INSERT INTO frames SELECT ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM sessions WHERE id = ?)",
+            [
+                (frame.session, frame.t, frame.action, frame.codes_NC.astype("<u2").tobytes(), frame.session)
+                for frame in frames
+            ],
         )

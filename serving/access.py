@@ -1,0 +1,77 @@
+"""A number for every request, and a line in the log when it is answered."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.metrics import Metrics
+
+log = logging.getLogger(__name__)
+_HEADER = b"x-request-id"
+_SAFE = re.compile(rb"[\w.:-]{1,64}")  # what a proxy may have given; anything else is replaced
+
+
+class Access:
+    """Counts and logs answers. A request keeps the X-Request-ID that it came with, and its answer carries it."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(_HEADER, b"")
+        request_id = given if _SAFE.fullmatch(given) else secrets.token_hex(8).encode()
+        began, status = time.perf_counter(), 500
+
+        async def numbered(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (_HEADER, request_id)]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, numbered)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            self.metrics.answers.labels(scope["method"], route, status).inc()
+            log.info(
+                "%s %s %d",
+                scope["method"],
+                scope["path"],
+                status,
+                extra={
+                    "request_id": request_id.decode(),
+                    "method": scope["method"],
+                    "route": route,
+                    "status": status,
+                    "milliseconds": round(1e3 * (time.perf_counter() - began), 1),
+                },
+            )
+
+
+class JsonLines(logging.Formatter):
+    """A log record as one line of JSON: what it says, and the fields of its `extra`."""
+
+    _OWN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {key: value for key, value in record.__dict__.items() if key not in self._OWN}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)

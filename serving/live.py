@@ -1,0 +1,96 @@
+"""Play over one connection: actions come in, frames go out, and whoever reads slowly gets the newest."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, WebSocket, WebSocketDisconnect
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+
+from serving.engine import Engine, Session
+from serving.errors import ServiceError, UnknownSessionError
+from serving.images import Pixels, packed
+from serving.schemas import StepRequest
+
+live = APIRouter(prefix="/v1")
+PictureFormat = Literal["png", "webp", "jpeg"]
+UNKNOWN_SESSION = 4404
+
+
+class Outbox:
+    """Holds one message, the newest: a newer frame takes the place of one that could not be sent yet."""
+
+    def __init__(self, socket: WebSocket) -> None:
+        self._socket = socket
+        self._frame: bytes | None = None
+        self._came = asyncio.Event()
+
+    def put(self, frame: bytes) -> None:
+        self._frame = frame
+        self._came.set()
+
+    async def send(self) -> None:
+        """Sends what is put; runs until cancelled."""
+        while True:
+            await self._came.wait()
+            self._came.clear()
+            frame, self._frame = self._frame, None
+            if frame is not None:
+                await self._socket.send_bytes(frame)
+
+
+@live.websocket("/sessions/{session_id}/play")
+async def play(
+    socket: WebSocket, session_id: str, picture: Annotated[PictureFormat, Query(alias="format")] = "png"
+) -> None:
+    """Takes actions as JSON, {"action": 2} or with "step" as in POST step, and answers each with one binary message.
+
+    A frame is 4 bytes, little-endian: how long the JSON is that follows, {"step", "milliseconds", "version"}; then the
+    picture. The first message is the frame where the session stands, so a player who connects again goes on from there.
+    A bad request is answered with a JSON text, {"error": {"code", "message"}}, and leaves the connection open; an
+    unknown session closes it with 4404.
+    """
+    engine: Engine = socket.app.state.engine
+    await socket.accept()
+    try:
+        session = await engine.session(session_id)
+    except UnknownSessionError as error:
+        await socket.close(UNKNOWN_SESSION, error.detail)
+        return
+    outbox = Outbox(socket)
+    sending = asyncio.create_task(outbox.send())
+    try:
+        outbox.put(await message(session, session.steps, session.frame_HWC, 0.0, picture))
+        while True:
+            text = await socket.receive_text()
+            try:
+                asked, began = StepRequest.model_validate_json(text), time.perf_counter()
+                steps, frame_HWC = await engine.step(session, asked.action, asked.step)
+            except ValidationError as error:
+                problem = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']}" for e in error.errors())
+                await socket.send_json({"error": {"code": "invalid_request", "message": problem}})
+            except UnknownSessionError as error:
+                await socket.close(UNKNOWN_SESSION, error.detail)
+                return
+            except ServiceError as error:
+                await socket.send_json({"error": {"code": error.code, "message": error.detail}})
+            else:
+                milliseconds = 1e3 * (time.perf_counter() - began)
+                outbox.put(await message(session, steps, frame_HWC, milliseconds, picture))
+    except (WebSocketDisconnect, RuntimeError):  # RuntimeError: starlette's, when a send meets a closed connection
+        return
+    finally:
+        sending.cancel()
+
+
+async def message(
+    session: Session, steps: int, frame_HWC: Pixels, milliseconds: float, picture: PictureFormat
+) -> bytes:
+    head = json.dumps(
+        {"step": steps, "milliseconds": round(milliseconds, 1), "version": session.model.info.version}
+    ).encode()
+    return len(head).to_bytes(4, "little") + head + await run_in_threadpool(packed, frame_HWC, picture)

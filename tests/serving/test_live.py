@@ -1,0 +1,162 @@
+"""Play over a WebSocket, and what an operator reads of it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+from play_help import create, pixels, play, step
+from starlette.testclient import WebSocketDenialResponse, WebSocketTestSession
+from starlette.websockets import WebSocketDisconnect
+
+from serving.access import JsonLines
+from serving.live import Outbox
+
+Serve = Callable[..., TestClient]
+
+
+def received(socket: WebSocketTestSession) -> tuple[dict[str, object], bytes]:
+    message = socket.receive_bytes()
+    length = int.from_bytes(message[:4], "little")
+    return json.loads(message[4 : 4 + length]), message[4 + length :]
+
+
+def test_actions_go_in_and_frames_come_out(serve: Serve) -> None:
+    client, actions = serve(), [1, 2, 3, 0]
+    undisturbed = play(client, actions, seed=9)
+    session = create(client, seed=9)
+    with client.websocket_connect(f"/v1/sessions/{session}/play") as socket:
+        head, prompt = received(socket)
+        assert (head["step"], head["version"]) == (0, "1")
+        assert prompt == client.get(f"/v1/sessions/{session}/frame").content
+        for t, action in enumerate(actions[:2]):
+            socket.send_json({"action": action})
+            head, frame = received(socket)
+            assert (head["step"], frame) == (t + 1, undisturbed[t])
+            assert 0 < float(str(head["milliseconds"])) < 10_000
+    with client.websocket_connect(f"/v1/sessions/{session}/play") as socket:  # again: it stands where it was left
+        assert received(socket) == ({"step": 2, "milliseconds": 0.0, "version": "1"}, undisturbed[1])
+        socket.send_json({"action": 3, "step": 3})
+        assert received(socket)[1] == undisturbed[2]
+    assert step(client, session, 0).content == undisturbed[3]
+
+
+@pytest.mark.parametrize(("picture", "kind"), [("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG")])
+def test_frames_come_in_the_format_that_was_asked_for(serve: Serve, picture: str, kind: str) -> None:
+    client = serve()
+    session = create(client)
+    with client.websocket_connect(f"/v1/sessions/{session}/play?format={picture}") as socket:
+        image = Image.open(io.BytesIO(received(socket)[1]))
+    assert image.format == kind
+    shown = pixels(client.get(f"/v1/sessions/{session}/frame").content)
+    assert np.abs(np.asarray(image.convert("RGB")).astype(int) - shown).mean() < 12
+
+
+def test_what_is_wrong_is_said_and_the_connection_stays(serve: Serve) -> None:
+    client = serve()
+    session = create(client)
+    with client.websocket_connect(f"/v1/sessions/{session}/play") as socket:
+        received(socket)
+        for sent, word in (("up", "JSON"), ("{}", "action"), ('{"action": 9}', "from 0 to 3"), ("[]", "object")):
+            socket.send_text(sent)
+            error = socket.receive_json()["error"]
+            assert error["code"] == "invalid_request"
+            assert word in error["message"]
+        socket.send_json({"action": 0, "step": 5})
+        assert socket.receive_json()["error"]["code"] == "session_moved"
+        socket.send_json({"action": 0})
+        assert received(socket)[0]["step"] == 1
+        client.delete(f"/v1/sessions/{session}")
+        socket.send_json({"action": 0})
+        with pytest.raises(WebSocketDisconnect) as closed:
+            socket.receive_bytes()
+        assert closed.value.code == 4404
+    with client.websocket_connect("/v1/sessions/nobody/play") as socket, pytest.raises(WebSocketDisconnect) as closed:
+        socket.receive_bytes()
+    assert closed.value.code == 4404
+    with (
+        pytest.raises((WebSocketDisconnect, WebSocketDenialResponse)),
+        client.websocket_connect(f"/v1/sessions/{session}/play?format=bmp") as socket,
+    ):
+        socket.receive_bytes()
+
+
+def test_a_slow_reader_gets_the_newest_frame() -> None:
+    class Slow:
+        """A socket that takes a message only when it is told to."""
+
+        def __init__(self) -> None:
+            self.sent: list[bytes] = []
+            self.may = asyncio.Semaphore(0)
+
+        async def send_bytes(self, message: bytes) -> None:
+            await self.may.acquire()
+            self.sent.append(message)
+
+    async def run() -> list[bytes]:
+        socket = Slow()
+        outbox = Outbox(socket)  # type: ignore[arg-type]
+        sending = asyncio.create_task(outbox.send())
+        for number in range(10):
+            outbox.put(bytes([number]))
+            await asyncio.sleep(0)
+        for _ in range(3):
+            socket.may.release()
+            await asyncio.sleep(0.01)
+        sending.cancel()
+        return socket.sent
+
+    assert asyncio.run(run()) == [bytes([0]), bytes([9])]
+
+
+def test_a_session_may_end_while_it_steps(serve: Serve) -> None:
+    client = serve()
+    session, other = create(client), create(client)
+    step(client, session, 0)
+    engine = client.app.state.engine  # type: ignore[attr-defined]
+    engine._store.delete([session])  # by another replica
+    assert step(client, session, 0).status_code == 200
+    assert step(client, other, 0).status_code == 200
+
+
+def test_prometheus_reads_what_happened(serve: Serve) -> None:
+    client = serve()
+    play(client, [0, 1, 2])
+    client.get("/v1/sessions/nobody")
+    lines = client.get("/metrics").text.splitlines()
+    for expected in (
+        "genie_frames_total 3.0",
+        "genie_sessions 1.0",
+        "genie_queue 0.0",
+        'genie_model_info{name="genie",version="1"} 1.0',
+        'genie_model_reloads_total{result="loaded"} 1.0',
+        'genie_model_reloads_total{result="refused"} 0.0',
+        "genie_batch_size_sum 3.0",
+        'genie_step_seconds_count{phase="total"} 3.0',
+        'genie_http_answers_total{method="GET",route="/v1/sessions/{session_id}",status="404"} 1.0',
+    ):
+        assert expected in lines
+
+
+def test_every_answer_has_a_number_and_a_line(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    client = serve()
+    with caplog.at_level(logging.INFO, "serving.access"):
+        assert (
+            client.get("/healthz", headers={"X-Request-ID": "from-a.proxy:1"}).headers["x-request-id"]
+            == "from-a.proxy:1"
+        )
+        strange = client.get("/nowhere", headers={"X-Request-ID": 'in"jected\t'}).headers["x-request-id"]
+    assert len(strange) == 16
+    first, second = (
+        json.loads(JsonLines().format(record)) for record in caplog.records if record.name == "serving.access"
+    )
+    assert (first["request_id"], first["route"], first["status"]) == ("from-a.proxy:1", "/healthz", 200)
+    assert (second["request_id"], second["status"], second["level"]) == (strange, 404, "info")
+    assert second["milliseconds"] >= 0
