@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from pydantic import Field
@@ -32,6 +33,11 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field("text", description="json: a line of JSON for every request and event")
     session_store: str = Field(
         ":memory:", description="a file that keeps sessions beyond the process; :memory: keeps none"
+    )
+    threads: int = Field(
+        max((os.cpu_count() or 2) - 1, 1),
+        ge=1,
+        description="threads of the model; by default one core is left to requests, for whom it would wait",
     )
     max_batch: int = Field(8, ge=1, description="sessions that step in one pass of the model")
     max_waiting: int = Field(8, ge=1, description="requests of one session that may wait for their turn")
