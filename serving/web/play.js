@@ -262,6 +262,7 @@ async function catchUp() {
   try {
     const newest = await insist(() => call(`v1/sessions/${session.id}/frame`, {}, picture), mine);
     if (newest.t > session.steps + 1) film.clear();   // what lies between was never here
+    look(null);
     took(newest);
     say("The world was elsewhere: this is where it is now.");
   } catch (error) {

@@ -53,6 +53,16 @@ GAMEPAD = """(() => {
   window.dispatchEvent(new Event("gamepadconnected"));
 })()"""
 
+LOSE_AN_ANSWER = """(() => {
+  const real = window.fetch;
+  window.asked = 0;
+  window.fetch = async (path, options) => {
+    const response = await real(path, options);
+    if (path.endsWith("/step") && ++window.asked === 1) throw new TypeError("the connection was lost");
+    return response;
+  };
+})()"""
+
 
 @contextmanager
 def serving(model_folder: Path, port: int = 0, **settings: Any) -> Iterator[tuple[str, Engine]]:
@@ -281,6 +291,34 @@ def test_the_world_is_shared_as_an_animation(page: Chromium, tmp_path: Path) -> 
     file = tmp_path / "genie-2.gif"
     wait_for(file.exists, "the download", 10)
     assert len(list(ImageSequence.Iterator(Image.open(io.BytesIO(file.read_bytes()))))) == 3
+
+
+def test_a_step_whose_answer_is_lost_is_not_taken_twice(page: Chromium, engine: Engine) -> None:
+    wait_for(lambda: engine.num_sessions == 1, "the session of the page before to end", 10)
+    page.evaluate(LOSE_AN_ANSWER)
+    step_to(page, "2", 1)
+    page.wait_until(PREVIEWED)
+    assert page.evaluate("window.asked") == 2
+    (session,) = engine._sessions.values()
+    assert session.steps == 1
+    assert (shown(page) == session.frame_HWC).all()
+
+
+def test_a_world_that_has_ended_begins_anew(page: Chromium, engine: Engine) -> None:
+    wait_for(lambda: engine.num_sessions == 1, "the session of the page before to end", 10)
+    before = shown(page)
+    step_to(page, "2", 1)
+    page.wait_until(PREVIEWED)
+    (ended,) = engine._sessions
+    page.evaluate(f"fetch('v1/sessions/{ended}', {{ method: 'DELETE' }}).then(() => null)")
+    page.press("2")
+    page.wait_until("document.querySelector('#message').textContent.includes('anew')")
+    assert page.evaluate(STEPS) == 0
+    assert (shown(page) == before).all()
+    page.wait_until(PREVIEWED)
+    assert all("404" in error for error in page.errors)
+    page.errors.clear()
+    step_to(page, "2", 1)
 
 
 def test_play_goes_on_after_the_service_was_away(model_folder: Path, browser: Chromium, tmp_path: Path) -> None:
