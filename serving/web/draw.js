@@ -26,7 +26,10 @@ export function drawingPanel(dialog, frame, play) {
 
   const chosen = (group) => dialog.querySelector(`[name=${group}]:checked`);
   const colour = () => chosen("colour")?.value ?? custom.value;
-  custom.addEventListener("input", () => { const other = chosen("colour"); if (other) other.checked = false; });
+  // "input" does not come when the colour it already has is picked again
+  for (const event of ["click", "input"]) {
+    custom.addEventListener(event, () => { const other = chosen("colour"); if (other) other.checked = false; });
+  }
 
   // ---- the drawing
 
