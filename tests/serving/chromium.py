@@ -27,7 +27,7 @@ _FLAGS = (
     "--no-first-run",
     "--remote-debugging-port=0",
 )
-_KEYS = {"Enter": 13, " ": 32}
+_KEYS = {"Backspace": 8, "Enter": 13, "Escape": 27, " ": 32, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
 
 
 class Chromium:
@@ -92,7 +92,7 @@ class Chromium:
         wait_for(lambda: self.evaluate(script), script, seconds)
 
     def key_down(self, key: str) -> None:
-        text = {"text": "\r" if key == "Enter" else key}
+        text = {"text": "\r" if key == "Enter" else key} if key == "Enter" or len(key) == 1 else {}
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=_code(key), **text)
 
     def key_up(self, key: str) -> None:
