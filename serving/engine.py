@@ -36,7 +36,7 @@ from serving.errors import (
 from serving.images import Pixels, frame_from_png, png
 from serving.metrics import Metrics
 from serving.model import FolderVersion, LoadedModel, ModelSource, load, warm
-from serving.schemas import SessionInfo
+from serving.schemas import ModelVersionInfo, SessionInfo
 from serving.settings import Settings
 from serving.store import Frame, SessionRecord, SessionStore
 from serving.worlds import World
@@ -100,6 +100,7 @@ class Engine:
         self._starting = 0
         self._steps: list[_Step] = []
         self._step_came = asyncio.Event()
+        self._rolling = asyncio.Semaphore(1)  # rollouts at once: players go first
         self.decoding = asyncio.Semaphore(2)  # uploads decoded at once: a picture of 40 megapixels takes 300 MB
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._stopped = threading.Event()
@@ -276,6 +277,31 @@ class Engine:
                     raise SessionMovedError("the session went on while its previews were drawn: ask again")
                 frames_AHWC = await self._run(partial(session.model.genie.step, copies, actions, session.sampling))
         return frames_AHWC.numpy()
+
+    async def rollout(
+        self, model: LoadedModel, frame_HWC: Pixels, seed: int | None, sampling: SamplingConfig, actions: list[int]
+    ) -> Pixels:
+        """The prompt and the frames after it: uint8 (T, H, W, 3). Players step in between. Raises BadRequestError."""
+        if max(actions) >= model.info.num_actions:
+            raise BadRequestError(f"actions must be from 0 to {model.info.num_actions - 1}, not {max(actions)}")
+        prompt_BTHWC = torch.from_numpy(frame_HWC.copy())[None, None]
+        seed = secrets.randbelow(2**31) if seed is None else seed
+        async with self._rolling:
+            state = await self._run(partial(model.genie.start, prompt_BTHWC, seed=seed))
+            frames = [frame_HWC]
+            for action in actions:
+                frame_BHWC = await self._run(partial(model.genie.step, state, torch.tensor([action]), sampling))
+                frames.append(frame_BHWC[0].numpy())
+        return np.stack(frames)
+
+    async def infer(self, model: LoadedModel, frames_THWC: Pixels) -> list[int]:
+        """The latent actions between the frames."""
+        frames_BTHWC = torch.from_numpy(frames_THWC)[None]
+        return (await self._run(partial(model.genie.infer_actions, frames_BTHWC)))[0].tolist()
+
+    def versions(self) -> list[ModelVersionInfo]:
+        """All that the source knows of. Raises ValueError when it cannot be asked."""
+        return self._source.versions()
 
     async def frames(self, session: Session, start: int, stop: int) -> Pixels:
         """Frames start..stop of the session's past, frame 0 being the prompt: uint8 (T, H, W, 3)."""

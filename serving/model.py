@@ -13,7 +13,7 @@ import torch
 
 from genie_model.checkpoint import load_model
 from genie_model.genie import Genie
-from serving.schemas import ModelInfo
+from serving.schemas import ModelInfo, ModelVersionInfo
 from serving.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,9 @@ class ModelSource(Protocol):
     def version(self, number: str) -> ModelVersion:
         """One that was served before. Raises ValueError when it is not to be had any more."""
 
+    def versions(self) -> list[ModelVersionInfo]:
+        """All there are, the newest first. Raises ValueError when they cannot be asked for."""
+
 
 @dataclass(frozen=True)
 class FolderVersion:
@@ -62,6 +65,9 @@ class FolderSource:
     def version(self, number: str) -> ModelVersion:
         return self.champion()
 
+    def versions(self) -> list[ModelVersionInfo]:
+        return [ModelVersionInfo(version="folder", run_id="", aliases=[], metrics={})]
+
 
 @dataclass(frozen=True)
 class RegistrySource:
@@ -80,6 +86,11 @@ class RegistrySource:
         from genie_model import tracking
 
         return tracking.numbered(number, self.model_name, self.tracking_uri or "")
+
+    def versions(self) -> list[ModelVersionInfo]:
+        from genie_model import tracking
+
+        return [ModelVersionInfo(**found) for found in tracking.versions(self.model_name, self.tracking_uri or "")]
 
 
 def model_source(settings: Settings) -> ModelSource:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import time
+from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, Response, UploadFile
 from fastapi.responses import PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
+from genie_model.config import SamplingConfig
 from serving.engine import Engine, Session
-from serving.errors import BadRequestError, UnknownStartFrameError
+from serving.errors import BadRequestError, NotReadyError, UnknownStartFrameError
 from serving.images import Pixels, frame_from_upload, gif, png, png_data_url
 from serving.metrics import Metrics
 from serving.model import LoadedModel
 from serving.schemas import (
     BranchRequest,
     ErrorBody,
+    InferredActions,
     ModelInfo,
+    ModelVersionInfo,
     Previews,
     Ready,
     SessionInfo,
@@ -95,8 +101,17 @@ async def start_frame_png(name: str, engine: EngineDep) -> Response:
     return Response(_start_frame(engine.model, name), media_type="image/png")
 
 
-@v1.post("/sessions", status_code=201)
-async def create_session(
+@dataclass(frozen=True)
+class Prompt:
+    """What a world is begun with."""
+
+    model: LoadedModel
+    frame_HWC: Pixels
+    seed: int | None
+    sampling: SamplingConfig
+
+
+async def get_prompt(
     engine: EngineDep,
     settings: SettingsDep,
     image: Annotated[
@@ -108,8 +123,7 @@ async def create_session(
         float | None, Form(ge=0, le=10, allow_inf_nan=False, description="of the tokens' distribution")
     ] = None,
     maskgit_steps: Annotated[int | None, Form(ge=1, description="MaskGIT steps a frame, up to a limit")] = None,
-) -> SessionInfo:
-    """A new world, from an uploaded image or a built-in start frame."""
+) -> Prompt:
     model = engine.model
     if (image is None) == (start_frame is None):
         raise BadRequestError("send either an image or the name of a start_frame")
@@ -117,12 +131,56 @@ async def create_session(
         raise BadRequestError(f"maskgit_steps must be from 1 to {settings.max_maskgit_steps}, not {maskgit_steps}")
     asked = {"temperature": temperature, "maskgit_steps": maskgit_steps}
     sampling = model.genie.config.sampling.model_copy(update={k: v for k, v in asked.items() if v is not None})
-    async with engine.decoding:
-        picture = await image.read() if image else _start_frame(model, start_frame or "")
-        frame_HWC = await run_in_threadpool(
-            frame_from_upload, picture, model.info.frame_height, model.info.frame_width, settings.max_upload_pixels
-        )
-    return (await engine.create(model, frame_HWC, seed, sampling)).info()
+    picture = await image.read() if image else _start_frame(model, start_frame or "")
+    return Prompt(model, await _fitted(engine, settings, model, picture), seed, sampling)
+
+
+PromptDep = Annotated[Prompt, Depends(get_prompt)]
+
+
+@v1.post("/sessions", status_code=201)
+async def create_session(engine: EngineDep, prompt: PromptDep) -> SessionInfo:
+    """A new world, from an uploaded image or a built-in start frame."""
+    return (await engine.create(prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling)).info()
+
+
+@v1.post("/rollouts", response_class=Response, responses=_GIF)  # type: ignore[arg-type]
+async def rollout(
+    engine: EngineDep,
+    prompt: PromptDep,
+    actions: Annotated[str, Form(description="to take one after another, from 0", examples=["0,0,0,3,3,1"])],
+    frames_per_second: Annotated[int, Form(ge=1, le=50)] = 10,
+) -> Response:
+    """The frames that a list of actions leads to, the prompt first, as an animation. No session is kept."""
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4}){0,499}", actions):
+        raise BadRequestError("actions must be 1 to 500 whole numbers with commas between them, as in 0,0,3")
+    taken = [int(action) for action in actions.split(",")]
+    frames_THWC = await engine.rollout(prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling, taken)
+    return Response(await run_in_threadpool(gif, frames_THWC, frames_per_second), media_type="image/gif")
+
+
+@v1.post("/actions/infer")
+async def infer_actions(
+    engine: EngineDep,
+    settings: SettingsDep,
+    frames: Annotated[list[UploadFile], File(description="two or more successive frames, in order")],
+) -> InferredActions:
+    """The latent actions that the model sees between the frames of a video."""
+    model = engine.model
+    most = model.genie.config.data.clip_length
+    if not 2 <= len(frames) <= most:
+        raise BadRequestError(f"send 2 to {most} frames, not {len(frames)}")
+    clip = [await _fitted(engine, settings, model, await frame.read()) for frame in frames]
+    return InferredActions(model=model.info, actions=await engine.infer(model, np.stack(clip)))
+
+
+@v1.get("/models")
+async def models(engine: EngineDep) -> list[ModelVersionInfo]:
+    """Every registered version, the newest first, with its aliases and its held-out metrics."""
+    try:
+        return await run_in_threadpool(engine.versions)
+    except ValueError as error:
+        raise NotReadyError(str(error)) from None
 
 
 @v1.get("/sessions/{session_id}")
@@ -186,6 +244,13 @@ async def branch(body: BranchRequest, session: SessionDep, engine: EngineDep) ->
 async def delete_session(session_id: str, engine: EngineDep) -> None:
     """Ends a session."""
     await engine.delete(session_id)
+
+
+async def _fitted(engine: Engine, settings: Settings, model: LoadedModel, picture: bytes) -> Pixels:
+    async with engine.decoding:
+        return await run_in_threadpool(
+            frame_from_upload, picture, model.info.frame_height, model.info.frame_width, settings.max_upload_pixels
+        )
 
 
 def _start_frame(model: LoadedModel, name: str) -> bytes:

@@ -67,6 +67,22 @@ class Previews(BaseModel):
     images: list[str] = Field(description="one PNG per action, as data URLs")
 
 
+class InferredActions(BaseModel):
+    """What happened between successive frames, in the model's own actions."""
+
+    model: ModelInfo
+    actions: list[int] = Field(description="one fewer than the frames")
+
+
+class ModelVersionInfo(BaseModel):
+    """A registered version."""
+
+    version: str
+    run_id: str
+    aliases: list[str]
+    metrics: dict[str, float] = Field(description="held-out, as registered")
+
+
 class Ready(BaseModel):
     """A model is loaded and warm."""
 

@@ -3,7 +3,16 @@
 import logging
 import os
 
-from genie_model.tracking.registry import Decision, ModelVersion, champion, decide, numbered, promote, register
+from genie_model.tracking.registry import (
+    Decision,
+    ModelVersion,
+    champion,
+    decide,
+    numbered,
+    promote,
+    register,
+    versions,
+)
 from genie_model.tracking.runs import StepRun, connect, step
 
 __all__ = [
@@ -17,6 +26,7 @@ __all__ = [
     "promote",
     "register",
     "step",
+    "versions",
 ]
 
 # A step's screen belongs to its own progress bar and summary.

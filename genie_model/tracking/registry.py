@@ -201,6 +201,31 @@ def numbered(
         raise ValueError(f"MLflow has no version {version} for us: {' '.join(str(error).split())[:300]}") from None
 
 
+def versions(model_name: str = "genie", tracking_uri: str = "") -> list[dict[str, Any]]:
+    """Every version, the newest first: `version`, `run_id`, `aliases` and held-out `metrics`.
+
+    Raises ValueError when the server does not answer.
+    """
+    try:
+        client = connect(tracking_uri)
+        registered = client.search_registered_models(f"name = '{model_name}'")
+        named: dict[str, list[str]] = {}
+        for alias, version in (registered[0].aliases if registered else {}).items():
+            named.setdefault(str(version), []).append(alias)
+        found = client.search_model_versions(f"name = '{model_name}'", max_results=100)
+        return [
+            {
+                "version": str(version.version),
+                "run_id": str(version.run_id),
+                "aliases": sorted(named.get(str(version.version), [])),
+                "metrics": _metrics(client, version),
+            }
+            for version in sorted(found, key=lambda version: -int(version.version))
+        ]
+    except MlflowException as error:
+        raise ValueError(f"MLflow cannot be asked for versions: {' '.join(str(error).split())[:300]}") from None
+
+
 def _local(client: MlflowClient, name: str, version: Any, cache_dir: str | None) -> ModelVersion:
     folder = _download(client, name, version, cache_dir)
     return ModelVersion(name, str(version.version), str(version.run_id), str(folder))

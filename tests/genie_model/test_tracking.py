@@ -20,7 +20,7 @@ from genie_model.checkpoint import load_model, save_model
 from genie_model.genie import Genie
 from genie_model.presets import get_preset
 from genie_model.progress import RUNNER_VARIABLE
-from genie_model.tracking import StepRun, champion, decide, numbered, promote, register, step
+from genie_model.tracking import StepRun, champion, decide, numbered, promote, register, step, versions
 
 GOOD = {"delta_psnr_t4": 1.0, "delta_psnr_t4_ci95": 0.3, "lam_action_usage": 1.0, "rollout_psnr_t1": 20.0}
 
@@ -177,6 +177,12 @@ def test_registry_and_alias(store: Path, model_uri: str, tiny_data_uri: str, mon
     assert numbered(served.version) == served
     with pytest.raises(ValueError, match="no version 77"):
         numbered("77")
+    listed = versions()
+    assert [int(one["version"]) for one in listed] == sorted((int(one["version"]) for one in listed), reverse=True)
+    mine = next(one for one in listed if one["version"] == served.version)
+    assert mine["aliases"] == ["champion"]
+    assert mine["run_id"] == served.run_id
+    assert mine["metrics"]["delta_psnr_t4"] == GOOD["delta_psnr_t4"]
 
     client.set_registered_model_alias("genie", "champion", second)  # by hand, as in MLflow's UI
     server = os.environ["MLFLOW_TRACKING_URI"]

@@ -12,6 +12,7 @@ from httpx import Response
 from PIL import Image
 
 from serving.model import FolderVersion
+from serving.schemas import ModelVersionInfo
 
 
 def picture(frame_HWC: np.ndarray, file_format: str = "PNG") -> bytes:
@@ -29,7 +30,7 @@ class Registry:
     """A model source whose alias a test moves by hand."""
 
     current: FolderVersion | None = None
-    versions: dict[str, FolderVersion] = field(default_factory=dict)
+    known: dict[str, FolderVersion] = field(default_factory=dict)
 
     def champion(self) -> FolderVersion:
         if self.current is None:
@@ -37,10 +38,18 @@ class Registry:
         return self.current
 
     def version(self, number: str) -> FolderVersion:
-        return self.versions[number]
+        return self.known[number]
+
+    def versions(self) -> list[ModelVersionInfo]:
+        if not self.known:
+            raise ValueError("the registry does not answer")
+        return [
+            ModelVersionInfo(version=one.version, run_id=one.run_id, aliases=[], metrics={"psnr": 20.0})
+            for one in reversed(self.known.values())
+        ]
 
     def set_alias(self, version: str, folder: Path) -> None:
-        self.current = self.versions[version] = FolderVersion("genie", version, f"run-of-{version}", str(folder))
+        self.current = self.known[version] = FolderVersion("genie", version, f"run-of-{version}", str(folder))
 
 
 def create(client: TestClient, start_frame: str = "00", **form: object) -> str:

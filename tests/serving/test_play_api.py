@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from httpx import Response
 from PIL import Image
 from play_help import Registry, assert_error, create, picture, pixels, play, step
 
+from genie_model.checkpoint import load_model
 from serving.images import frame_from_upload
 
 Serve = Callable[..., TestClient]
@@ -162,6 +164,47 @@ def test_only_two_uploads_are_decoded_at_once(serve: Serve, monkeypatch: pytest.
     with ThreadPoolExecutor(8) as pool:
         assert {answer.status_code for answer in pool.map(lambda _: upload(client, image), range(8))} == {201}
     assert most == 2
+
+
+# ---- without a session
+
+
+def test_a_rollout_is_what_a_session_would_show(serve: Serve) -> None:
+    client = serve()
+    seen = [pixels(frame).astype(int) for frame in play(client, [1, 2, 2, 0], seed=3)]
+    form = {"start_frame": "00", "seed": 3, "actions": "1,2,2,0", "frames_per_second": 5}
+    answer = client.post("/v1/rollouts", data=form)
+    assert answer.headers["content-type"] == "image/gif"
+    animation = Image.open(io.BytesIO(answer.content))
+    assert (animation.n_frames, animation.info["duration"]) == (5, 200)
+    for t, expected in enumerate(seen, 1):
+        animation.seek(t)
+        assert np.abs(np.asarray(animation.convert("RGB")).astype(int) - expected).mean() < 12, "256 colours"
+    assert client.get("/metrics").text.count("genie_sessions 1.0") == 1
+    for actions, word in (("9", "from 0 to 3"), ("1,,2", "whole numbers"), ("", "actions"), ("0," * 600 + "0", "500")):
+        assert_error(client.post("/v1/rollouts", data=form | {"actions": actions}), 422, "invalid_request", word)
+
+
+def test_actions_are_inferred_from_frames(serve: Serve, model_folder: Path) -> None:
+    client, genie = serve(), load_model(str(model_folder))
+    frames_THWC = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    files = [("frames", (f"{t}.png", picture(frame_HWC))) for t, frame_HWC in enumerate(frames_THWC)]
+    found = client.post("/v1/actions/infer", files=files).json()
+    assert found["actions"] == genie.infer_actions(torch.from_numpy(frames_THWC)[None])[0].tolist()
+    assert found["model"]["version"] == "1"
+    assert_error(client.post("/v1/actions/infer", files=files[:1]), 422, "invalid_request", "2 to 8 frames")
+    assert_error(client.post("/v1/actions/infer", files=files * 2), 422, "invalid_request", "2 to 8 frames")
+    assert_error(client.post("/v1/actions/infer", files=[files[0], ("frames", ("x", b"x"))]), 415, "not_an_image")
+
+
+def test_versions_are_listed(serve: Serve, registry: Registry, model_folder: Path) -> None:
+    client = serve()
+    registry.set_alias("2", model_folder)
+    listed = client.get("/v1/models").json()
+    assert [one["version"] for one in listed] == ["2", "1"]
+    assert listed[0] == {"version": "2", "run_id": "run-of-2", "aliases": [], "metrics": {"psnr": 20.0}}
+    registry.known.clear()
+    assert_error(client.get("/v1/models"), 503, "not_ready", "does not answer")
 
 
 # ---- other bad requests
