@@ -23,8 +23,6 @@ import numpy as np
 import torch
 
 from genie_model.config import SamplingConfig
-from genie_model.genie import NO_ACTION, PlayState
-from serving import worlds
 from serving.errors import (
     BadRequestError,
     BusyError,
@@ -33,46 +31,19 @@ from serving.errors import (
     TooManySessionsError,
     UnknownSessionError,
 )
-from serving.images import Pixels, frame_from_png, png
+from serving.images import Pixels
 from serving.metrics import Metrics
-from serving.model import FolderVersion, LoadedModel, ModelSource, load, warm
-from serving.schemas import ModelVersionInfo, SessionInfo
+from serving.model import LoadedModel, ModelSource, load, warm
+from serving.schemas import ModelVersionInfo
+from serving.sessions import ENDED, Keeper, Session
 from serving.settings import Settings
-from serving.store import Frame, SessionRecord, SessionStore
-from serving.worlds import World
+from serving.store import SessionStore
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_ENDED = "this session does not exist or has ended: create a new one"
 _GATHER_SECONDS = 0.005  # how long a pass waits for players who just stepped
 _RECENT_SECONDS = 0.25
 _PARK_SECONDS = 30.0  # a world nobody steps for so long leaves memory; its tokens bring it back
-
-
-@dataclass
-class Session:
-    """One player's world: it keeps the model it began with until it ends."""
-
-    id: str
-    model: LoadedModel
-    seed: int
-    sampling: SamplingConfig
-    frame_HWC: Pixels
-    steps: int = 0
-    world: World | None = None  # None: parked, its frames are in the store
-    last_used: float = field(default_factory=time.monotonic)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    waiting: int = 0  # requests that wait for the lock, or have it
-
-    def info(self) -> SessionInfo:
-        return SessionInfo(
-            id=self.id,
-            model=self.model.info,
-            seed=self.seed,
-            steps=self.steps,
-            temperature=self.sampling.temperature,
-            maskgit_steps=self.sampling.maskgit_steps,
-        )
 
 
 @dataclass
@@ -93,7 +64,7 @@ class Engine:
         self._metrics = metrics
         self._settings = settings
         self._source = source
-        self._store = SessionStore(settings.session_store)
+        self._keeper = Keeper(SessionStore(settings.session_store), source)
         self._model: LoadedModel | None = None
         self._problem = "the model is loading"
         self._sessions: dict[str, Session] = {}
@@ -151,7 +122,7 @@ class Engine:
     def close(self) -> None:
         self._stopped.set()
         self._worker.shutdown(wait=True, cancel_futures=True)
-        self._store.close()
+        self._keeper.store.close()
 
     # ---- the sessions
 
@@ -167,11 +138,15 @@ class Engine:
     async def session(self, session_id: str) -> Session:
         """One that is open, or that another process left in the store. Raises UnknownSessionError."""
         if session_id not in self._sessions:
-            found = await self._run(partial(self._reopen, session_id))
+            found = await self._run(partial(self._keeper.reopen, session_id, self._loaded()))
             if found is None:
-                raise UnknownSessionError(_ENDED)
+                raise UnknownSessionError(ENDED)
             self._sessions.setdefault(session_id, found)
         return self._sessions[session_id]
+
+    def _loaded(self) -> list[LoadedModel]:
+        """The models in memory."""
+        return [model for model in (self._model, *(session.model for session in self._sessions.values())) if model]
 
     async def create(
         self, model: LoadedModel, frame_HWC: Pixels, seed: int | None, sampling: SamplingConfig | None = None
@@ -185,7 +160,7 @@ class Engine:
         session = Session(secrets.token_urlsafe(12), model, seed, sampling or model.genie.config.sampling, frame_HWC)
         self._starting += 1
         try:
-            await self._run(partial(self._begin, session))
+            await self._run(partial(self._keeper.begin, session))
         finally:
             self._starting -= 1
         self._sessions[session.id] = session
@@ -206,7 +181,7 @@ class Engine:
         try:
             async with session.lock:
                 if session.id not in self._sessions:
-                    raise UnknownSessionError(_ENDED)
+                    raise UnknownSessionError(ENDED)
                 if expected is not None and expected != session.steps + 1:
                     if expected == session.steps > 0:
                         return session.steps, session.frame_HWC
@@ -228,9 +203,9 @@ class Engine:
             self._steps = [step for step in self._steps if step not in batch]
             if not self._steps:
                 self._step_came.clear()
-            began = time.perf_counter()
+            actions, began = [step.action for step in batch], time.perf_counter()
             try:
-                frames = await self._run(partial(self._pass, batch))
+                frames = await self._run(partial(self._keeper.step, [step.session for step in batch], actions))
             except Exception as error:  # told to those who wait; the tokens in the store bring their worlds back
                 for step in batch:
                     step.session.world = None
@@ -270,7 +245,7 @@ class Engine:
         """
         actions = torch.arange(session.model.info.num_actions)
         async with session.lock:
-            steps, copies = session.steps, await self._run(partial(self._copies, session, len(actions)))
+            steps, copies = session.steps, await self._run(partial(self._keeper.copies, session, len(actions)))
         for _ in range(repeats):
             async with session.lock:
                 if session.steps != steps:
@@ -307,7 +282,7 @@ class Engine:
         """Frames start..stop of the session's past, frame 0 being the prompt: uint8 (T, H, W, 3)."""
         if not 0 <= start < stop <= session.steps + 1:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {start} to {stop - 1}")
-        return await self._run(partial(self._past_frames, session, start, stop))
+        return await self._run(partial(self._keeper.past_frames, session, start, stop))
 
     async def branch(self, session: Session, t: int) -> Session:
         """A new session that shares this one's frames up to t, its seed and its model, and goes on by itself."""
@@ -316,7 +291,7 @@ class Engine:
         if self.num_sessions + self._starting >= self._settings.max_sessions:
             raise TooManySessionsError(f"all {self._settings.max_sessions} sessions are taken: end one first")
         new_id = secrets.token_urlsafe(12)
-        branch = await self._run(partial(self._branch, session, t, new_id))
+        branch = await self._run(partial(self._keeper.branch, session, t, new_id))
         self._sessions[branch.id] = branch
         return branch
 
@@ -324,7 +299,7 @@ class Engine:
         """Raises UnknownSessionError."""
         session = await self.session(session_id)
         self._sessions.pop(session.id, None)
-        await self._run(partial(self._store.delete, [session.id]))
+        await self._run(partial(self._keeper.store.delete, [session.id]))
 
     async def expire_idle(self) -> None:
         """Ends sessions that nobody has stepped for `idle_seconds`, and parks the idle; runs until cancelled."""
@@ -336,8 +311,9 @@ class Engine:
                     await self.delete(session.id)
                 elif now - session.last_used > _PARK_SECONDS and not session.waiting:
                     session.world = None
-            forgotten = await self._run(partial(self._store.unused_since, time.time() - self._settings.idle_seconds))
-            await self._run(partial(self._store.delete, [id for id in forgotten if id not in self._sessions]))
+            store, oldest = self._keeper.store, time.time() - self._settings.idle_seconds
+            forgotten = await self._run(partial(store.unused_since, oldest))
+            await self._run(partial(store.delete, [id for id in forgotten if id not in self._sessions]))
 
     async def _gather(self) -> None:
         """Waits a moment for players who just got a frame: their next step would come right after the pass began."""
@@ -351,101 +327,3 @@ class Engine:
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)
-
-    # ---- in the worker thread
-
-    def _begin(self, session: Session) -> None:
-        prompt_BTHWC = torch.from_numpy(session.frame_HWC.copy())[None, None]
-        session.world = World(session.model.genie.start(prompt_BTHWC, seed=session.seed))
-        first = Frame(session.id, 0, NO_ACTION, session.world.state.codes_BNC[0].cpu().numpy())
-        self._store.create(self._record(session, png(session.frame_HWC)), [first])
-
-    def _pass(self, batch: list[_Step]) -> list[Pixels]:
-        sessions = [step.session for step in batch]
-        for session in sessions:
-            self._wake(session)
-        genie, sampling = sessions[0].model.genie, sessions[0].sampling
-        found = worlds.step(genie, [s.world for s in sessions if s.world], [step.action for step in batch], sampling)
-        self._store.append(
-            [
-                Frame(step.session.id, step.session.steps + 1, step.action, codes_NC)
-                for step, (_, codes_NC) in zip(batch, found, strict=True)
-            ]
-        )
-        return [frame_HWC for frame_HWC, _ in found]
-
-    def _wake(self, session: Session) -> World:
-        """Brings a parked world back, from the tokens of the last frames that matter."""
-        if session.world is None:
-            genie = session.model.genie
-            kept = self._kept(session, max(session.steps + 1 - genie.memory, 0), session.steps + 1)
-            codes_1TNC = torch.from_numpy(np.stack([frame.codes_NC for frame in kept]).astype(np.int64))[None]
-            actions_1T = torch.tensor([[frame.action for frame in kept]])
-            session.world = World(genie.resume(codes_1TNC, actions_1T, [session.seed], [session.steps + 1]))
-        return session.world
-
-    def _copies(self, session: Session, times: int) -> PlayState:
-        world = self._wake(session)
-        return world.state.take([world.row] * times)
-
-    def _past_frames(self, session: Session, start: int, stop: int) -> Pixels:
-        genie = session.model.genie
-        kept = self._kept(session, max(start + 1 - genie.memory, 0), stop)
-        frames_THWC = genie.pictures(torch.from_numpy(np.stack([f.codes_NC for f in kept]).astype(np.int64))[None])[0]
-        frames = frames_THWC.numpy()[start - kept[0].t :]
-        if start == 0:
-            record = self._store.record(session.id)
-            if record:
-                frames[0] = frame_from_png(record.prompt)
-        return frames
-
-    def _branch(self, session: Session, t: int, new_id: str) -> Session:
-        kept = self._kept(session, 0, t + 1)
-        record = self._store.record(session.id)
-        if record is None:
-            raise UnknownSessionError(_ENDED)
-        branch = Session(new_id, session.model, session.seed, session.sampling, session.frame_HWC, steps=t)
-        branch.frame_HWC = self._past_frames(session, t, t + 1)[0]
-        copies = [Frame(new_id, frame.t, frame.action, frame.codes_NC) for frame in kept]
-        self._store.create(self._record(branch, record.prompt), copies)
-        return branch
-
-    def _reopen(self, session_id: str) -> Session | None:
-        record = self._store.record(session_id)
-        if record is None:
-            return None
-        version = FolderVersion(record.name, record.version, record.run_id, record.folder)
-        loaded = [self._model, *(session.model for session in self._sessions.values())]
-        model = next((model for model in loaded if model and model.is_of(version)), None) or self._load_again(version)
-        sampling = SamplingConfig.model_validate_json(record.sampling)
-        steps = self._store.length(session_id) - 1
-        session = Session(record.id, model, record.seed, sampling, frame_from_png(record.prompt), steps=steps)
-        session.frame_HWC = self._past_frames(session, steps, steps + 1)[0]
-        return session
-
-    def _load_again(self, version: FolderVersion) -> LoadedModel:
-        """From the folder where a process had it, or where that was another machine's, from the source."""
-        try:
-            return load(version)
-        except ValueError:
-            try:
-                model = load(self._source.version(version.version))
-            except ValueError as error:
-                raise NotReadyError(f"this session's model is not to be had: {error}") from None
-            if not model.is_of(version):
-                raise NotReadyError(
-                    f"this session's model, {version.name} {version.version}, is not served here"
-                ) from None
-            return model
-
-    def _kept(self, session: Session, start: int, stop: int) -> list[Frame]:
-        tokenizer = session.model.genie.tokenizer
-        shape = (tokenizer.num_patches, tokenizer.config.codes_per_patch)
-        return self._store.frames(session.id, shape, start, stop)
-
-    def _record(self, session: Session, prompt: bytes) -> SessionRecord:
-        info = session.model.info
-        return SessionRecord(
-            session.id, info.name, info.version, info.run_id, session.model.folder, session.seed,
-            session.sampling.model_dump_json(), prompt,
-        )  # fmt: skip

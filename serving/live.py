@@ -11,10 +11,11 @@ from fastapi import APIRouter, Query, WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from serving.engine import Engine, Session
+from serving.engine import Engine
 from serving.errors import ServiceError, UnknownSessionError
 from serving.images import Pixels, packed
 from serving.schemas import StepRequest
+from serving.sessions import Session
 
 live = APIRouter(prefix="/v1")
 PictureFormat = Literal["png", "webp", "jpeg"]

@@ -13,7 +13,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
 from genie_model.config import SamplingConfig
-from serving.engine import Engine, Session
+from serving.engine import Engine
 from serving.errors import BadRequestError, NotReadyError, UnknownStartFrameError
 from serving.images import Pixels, frame_from_upload, gif, png, png_data_url
 from serving.metrics import Metrics
@@ -31,6 +31,7 @@ from serving.schemas import (
     Starts,
     StepRequest,
 )
+from serving.sessions import Session
 from serving.settings import Settings
 
 

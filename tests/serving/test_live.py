@@ -121,7 +121,7 @@ def test_a_session_may_end_while_it_steps(serve: Serve) -> None:
     session, other = create(client), create(client)
     step(client, session, 0)
     engine = client.app.state.engine  # type: ignore[attr-defined]
-    engine._store.delete([session])  # by another replica
+    engine._keeper.store.delete([session])  # by another replica
     assert step(client, session, 0).status_code == 200
     assert step(client, other, 0).status_code == 200
 

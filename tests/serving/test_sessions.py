@@ -22,7 +22,8 @@ from PIL import Image
 from play_help import Registry, assert_error, create, pixels, play, step
 
 from serving import worlds
-from serving.engine import Engine, Session
+from serving.engine import Engine
+from serving.sessions import Session
 
 Serve = Callable[..., TestClient]
 
@@ -212,7 +213,7 @@ def test_an_idle_session_ends_in_the_store_too(serve: Serve, tmp_path: Path) -> 
     client.__exit__(None, None, None)
     client = serve(**kept, idle_seconds=0.2)
     deadline = time.monotonic() + 10
-    while client.app.state.engine._store.ids():  # type: ignore[attr-defined]
+    while client.app.state.engine._keeper.store.ids():  # type: ignore[attr-defined]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert_error(step(client, session, 0), 404, "unknown_session")

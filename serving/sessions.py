@@ -1,0 +1,157 @@
+"""Sessions as the worker thread sees them: their worlds in memory, their frames in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from genie_model.config import SamplingConfig
+from genie_model.genie import NO_ACTION, PlayState
+from serving import worlds
+from serving.errors import NotReadyError, UnknownSessionError
+from serving.images import Pixels, frame_from_png, png
+from serving.model import FolderVersion, LoadedModel, ModelSource, load
+from serving.schemas import SessionInfo
+from serving.store import Frame, SessionRecord, SessionStore
+from serving.worlds import World
+
+ENDED = "this session does not exist or has ended: create a new one"
+
+
+@dataclass
+class Session:
+    """One player's world: it keeps the model it began with until it ends."""
+
+    id: str
+    model: LoadedModel
+    seed: int
+    sampling: SamplingConfig
+    frame_HWC: Pixels
+    steps: int = 0
+    world: World | None = None  # None: parked, its frames are in the store
+    last_used: float = field(default_factory=time.monotonic)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waiting: int = 0  # requests that wait for the lock, or have it
+
+    def info(self) -> SessionInfo:
+        return SessionInfo(
+            id=self.id,
+            model=self.model.info,
+            seed=self.seed,
+            steps=self.steps,
+            temperature=self.sampling.temperature,
+            maskgit_steps=self.sampling.maskgit_steps,
+        )
+
+
+class Keeper:
+    """What is done to sessions in the one worker thread: everything that touches torch or the store."""
+
+    def __init__(self, store: SessionStore, source: ModelSource) -> None:
+        self.store = store
+        self._source = source
+
+    def begin(self, session: Session) -> None:
+        """Starts its world at its frame."""
+        prompt_BTHWC = torch.from_numpy(session.frame_HWC.copy())[None, None]
+        session.world = World(session.model.genie.start(prompt_BTHWC, seed=session.seed))
+        first = Frame(session.id, 0, NO_ACTION, session.world.state.codes_BNC[0].cpu().numpy())
+        self.store.create(self._record(session, png(session.frame_HWC)), [first])
+
+    def step(self, sessions: list[Session], actions: list[int]) -> list[Pixels]:
+        """One pass for sessions of one model that sample alike: each one's next frame, in the store before it is seen.
+
+        The sessions' own `steps` are not moved on.
+        """
+        genie, sampling = sessions[0].model.genie, sessions[0].sampling
+        found = worlds.step(genie, [self.wake(session) for session in sessions], actions, sampling)
+        self.store.append(
+            [
+                Frame(session.id, session.steps + 1, action, codes_NC)
+                for session, action, (_, codes_NC) in zip(sessions, actions, found, strict=True)
+            ]
+        )
+        return [frame_HWC for frame_HWC, _ in found]
+
+    def wake(self, session: Session) -> World:
+        """Brings a parked world back, from the tokens of the last frames that matter."""
+        if session.world is None:
+            genie = session.model.genie
+            kept = self._kept(session, max(session.steps + 1 - genie.memory, 0), session.steps + 1)
+            codes_1TNC = torch.from_numpy(np.stack([frame.codes_NC for frame in kept]).astype(np.int64))[None]
+            actions_1T = torch.tensor([[frame.action for frame in kept]])
+            session.world = World(genie.resume(codes_1TNC, actions_1T, [session.seed], [session.steps + 1]))
+        return session.world
+
+    def copies(self, session: Session, times: int) -> PlayState:
+        """Its world so many times side by side."""
+        world = self.wake(session)
+        return world.state.take([world.row] * times)
+
+    def past_frames(self, session: Session, start: int, stop: int) -> Pixels:
+        """Frames start..stop as they were seen (up to rounding); frame 0 is the prompt itself."""
+        genie = session.model.genie
+        kept = self._kept(session, max(start + 1 - genie.memory, 0), stop)
+        frames_THWC = genie.pictures(torch.from_numpy(np.stack([f.codes_NC for f in kept]).astype(np.int64))[None])[0]
+        frames = frames_THWC.numpy()[start - kept[0].t :]
+        if start == 0:
+            record = self.store.record(session.id)
+            if record:
+                frames[0] = frame_from_png(record.prompt)
+        return frames
+
+    def branch(self, session: Session, t: int, new_id: str) -> Session:
+        """A new session with this one's frames 0..t. Raises UnknownSessionError."""
+        kept = self._kept(session, 0, t + 1)
+        record = self.store.record(session.id)
+        if record is None:
+            raise UnknownSessionError(ENDED)
+        branch = Session(new_id, session.model, session.seed, session.sampling, session.frame_HWC, steps=t)
+        branch.frame_HWC = self.past_frames(session, t, t + 1)[0]
+        copies = [Frame(new_id, frame.t, frame.action, frame.codes_NC) for frame in kept]
+        self.store.create(self._record(branch, record.prompt), copies)
+        return branch
+
+    def reopen(self, session_id: str, loaded: list[LoadedModel]) -> Session | None:
+        """One that a process left in the store, or None. Its model is one of `loaded`, or is loaded."""
+        record = self.store.record(session_id)
+        if record is None:
+            return None
+        version = FolderVersion(record.name, record.version, record.run_id, record.folder)
+        model = next((model for model in loaded if model.is_of(version)), None) or self._load_again(version)
+        sampling = SamplingConfig.model_validate_json(record.sampling)
+        steps = self.store.length(session_id) - 1
+        session = Session(record.id, model, record.seed, sampling, frame_from_png(record.prompt), steps=steps)
+        session.frame_HWC = self.past_frames(session, steps, steps + 1)[0]
+        return session
+
+    def _load_again(self, version: FolderVersion) -> LoadedModel:
+        """From the folder where a process had it, or where that was another machine's, from the source."""
+        try:
+            return load(version)
+        except ValueError:
+            try:
+                model = load(self._source.version(version.version))
+            except ValueError as error:
+                raise NotReadyError(f"this session's model is not to be had: {error}") from None
+            if not model.is_of(version):
+                raise NotReadyError(
+                    f"this session's model, {version.name} {version.version}, is not served here"
+                ) from None
+            return model
+
+    def _kept(self, session: Session, start: int, stop: int) -> list[Frame]:
+        tokenizer = session.model.genie.tokenizer
+        shape = (tokenizer.num_patches, tokenizer.config.codes_per_patch)
+        return self.store.frames(session.id, shape, start, stop)
+
+    def _record(self, session: Session, prompt: bytes) -> SessionRecord:
+        info = session.model.info
+        return SessionRecord(
+            session.id, info.name, info.version, info.run_id, session.model.folder, session.seed,
+            session.sampling.model_dump_json(), prompt,
+        )  # fmt: skip
