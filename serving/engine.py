@@ -214,6 +214,12 @@ class Engine:
                 continue
             self._measured(batch, began, time.perf_counter())
             for step, frame_HWC in zip(batch, frames, strict=True):
+                if frame_HWC is None:
+                    self._sessions.pop(step.session.id, None)  # whoever asks for it next finds what the store has
+                    moved = SessionMovedError("this session ended or went on elsewhere: ask where it stands")
+                    if not step.done.done():
+                        step.done.set_exception(moved)
+                    continue
                 step.session.frame_HWC = frame_HWC
                 step.session.steps += 1
                 step.session.last_used = time.monotonic()

@@ -62,20 +62,19 @@ class Keeper:
         first = Frame(session.id, 0, NO_ACTION, session.world.state.codes_BNC[0].cpu().numpy())
         self.store.create(self._record(session, png(session.frame_HWC)), [first])
 
-    def step(self, sessions: list[Session], actions: list[int]) -> list[Pixels]:
+    def step(self, sessions: list[Session], actions: list[int]) -> list[Pixels | None]:
         """One pass for sessions of one model that sample alike: each one's next frame, in the store before it is seen.
 
-        The sessions' own `steps` are not moved on.
+        None for a session that ended, or that another process stepped meanwhile. `steps` are not moved on.
         """
         genie, sampling = sessions[0].model.genie, sessions[0].sampling
         found = worlds.step(genie, [self.wake(session) for session in sessions], actions, sampling)
-        self.store.append(
-            [
-                Frame(session.id, session.steps + 1, action, codes_NC)
-                for session, action, (_, codes_NC) in zip(sessions, actions, found, strict=True)
-            ]
-        )
-        return [frame_HWC for frame_HWC, _ in found]
+        frames = [
+            Frame(session.id, session.steps + 1, action, codes_NC)
+            for session, action, (_, codes_NC) in zip(sessions, actions, found, strict=True)
+        ]
+        kept = self.store.append(frames)
+        return [frame_HWC if mine else None for (frame_HWC, _), mine in zip(found, kept, strict=True)]
 
     def wake(self, session: Session) -> World:
         """Brings a parked world back, from the tokens of the last frames that matter."""

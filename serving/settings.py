@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from genie_model.files import cache_dir
+
 
 class Settings(BaseSettings):
     """Flags win over environment variables, those over the defaults here."""
@@ -32,7 +34,8 @@ class Settings(BaseSettings):
     poll_seconds: float = Field(10.0, gt=0, description="how often the alias is looked up")
     log_format: Literal["text", "json"] = Field("text", description="json: a line of JSON for every request and event")
     session_store: str = Field(
-        ":memory:", description="a file that keeps sessions beyond the process; :memory: keeps none"
+        default_factory=lambda: str(cache_dir() / "sessions.db"),
+        description="a file that keeps sessions beyond the process; :memory: keeps none (default: in the user's cache)",
     )
     threads: int = Field(
         max((os.cpu_count() or 2) - 1, 1),

@@ -76,16 +76,21 @@ class SessionStore:
                 (record.id, record.name, record.version, record.run_id, record.folder, record.seed, record.sampling,
                  record.prompt, time.time()),
             )  # fmt: skip
-            self._insert(frames)
+            for frame in frames:
+                self._insert(frame)
 
-    def append(self, frames: Sequence[Frame]) -> None:
-        """The next frames of some sessions, all or none of them; a session that has ended meanwhile gets none."""
+    def append(self, frames: Sequence[Frame]) -> list[bool]:
+        """The next frames of some sessions, in one transaction. Of each: is it in?
+
+        It is not where the session has ended, or another process has taken that step.
+        """
         with self._db:
-            self._insert(frames)
+            kept = [self._insert(frame) for frame in frames]
             now = time.time()
             self._db.executemany(
                 "UPDATE sessions SET last_used = ? WHERE id = ?", [(now, frame.session) for frame in frames]
             )
+        return kept
 
     def record(self, session_id: str) -> SessionRecord | None:
         row = self._db.execute(
@@ -119,11 +124,9 @@ class SessionStore:
     def close(self) -> None:
         self._db.close()
 
-    def _insert(self, frames: Sequence[Frame]) -> None:
-        self._db.executemany(
-            "INSERT INTO frames SELECT ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM sessions WHERE id = ?)",
-            [
-                (frame.session, frame.t, frame.action, frame.codes_NC.astype("<u2").tobytes(), frame.session)
-                for frame in frames
-            ],
+    def _insert(self, frame: Frame) -> bool:
+        found = self._db.execute(
+            "INSERT OR IGNORE INTO frames SELECT ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM sessions WHERE id = ?)",
+            (frame.session, frame.t, frame.action, frame.codes_NC.astype("<u2").tobytes(), frame.session),
         )
+        return found.rowcount == 1

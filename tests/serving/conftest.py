@@ -14,6 +14,14 @@ from serving.app import create_app
 from serving.settings import Settings
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_sessions_kept() -> Iterator[None]:
+    """Unless a test names a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GENIE_SESSION_STORE", ":memory:")
+        yield
+
+
 @pytest.fixture(scope="session")
 def model_folder(tiny_model_uri: str) -> Path:
     return Path(tiny_model_uri)

@@ -7,15 +7,19 @@ import io
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
-from play_help import create, pixels, play, step
+from play_help import assert_error, create, pixels, play, step
 from starlette.testclient import WebSocketDenialResponse, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 
+from serving import worlds
 from serving.access import JsonLines
 from serving.live import Outbox
 
@@ -116,14 +120,37 @@ def test_a_slow_reader_gets_the_newest_frame() -> None:
     assert asyncio.run(run()) == [bytes([0]), bytes([9])]
 
 
-def test_a_session_may_end_while_it_steps(serve: Serve) -> None:
+def test_a_session_that_ended_elsewhere_disturbs_no_other(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     client = serve()
-    session, other = create(client), create(client)
-    step(client, session, 0)
-    engine = client.app.state.engine  # type: ignore[attr-defined]
-    engine._keeper.store.delete([session])  # by another replica
-    assert step(client, session, 0).status_code == 200
-    assert step(client, other, 0).status_code == 200
+    undisturbed = play(client, [1, 2], seed=2)
+    session, other = create(client), create(client, seed=2)
+    store = client.app.state.engine._keeper.store  # type: ignore[attr-defined]
+    gathered = worlds.step
+
+    def step_while_another_replica_ends_it(*args: Any) -> Any:
+        store.delete([session])
+        return gathered(*args)
+
+    monkeypatch.setattr(worlds, "step", step_while_another_replica_ends_it)
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda id: step(client, id, 1), (session, other)))
+    assert_error(answers[0], 409, "session_moved", "ended or went on")
+    assert answers[1].content == undisturbed[0]
+    assert_error(step(client, session, 1), 404, "unknown_session")
+    assert step(client, other, 2).content == undisturbed[1]
+
+
+def test_two_processes_do_not_take_the_same_step(serve: Serve, tmp_path: Path) -> None:
+    first, second = (serve(session_store=str(tmp_path / "sessions.db")) for _ in range(2))
+    undisturbed = play(first, [0, 1, 2], seed=5)
+    session = create(first, seed=5)
+    assert step(first, session, 0).content == undisturbed[0]
+    assert step(second, session, 1).headers["x-steps"] == "2"
+    assert_error(step(first, session, 3), 409, "session_moved")  # the first did not know
+    assert first.get(f"/v1/sessions/{session}").json()["steps"] == 2
+    again = step(first, session, 2)
+    assert again.headers["x-steps"] == "3"
+    assert np.abs(pixels(again.content).astype(int) - pixels(undisturbed[2])).max() <= 1
 
 
 def test_prometheus_reads_what_happened(serve: Serve) -> None:
