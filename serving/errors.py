@@ -1,4 +1,4 @@
-"""Every error a client can meet: one class, one status, one body {"error": {"code", "message"}}."""
+"""Every error a client can meet: one class, one status, one body, application/problem+json (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -76,5 +76,11 @@ def install_error_handlers(app: FastAPI) -> None:
         return _answer(500, ServiceError.code, "the service failed; its log says why")
 
 
-def _answer(status: int, code: str, message: str, headers: object = None) -> JSONResponse:
-    return JSONResponse({"error": {"code": code, "message": message}}, status, headers)  # type: ignore[arg-type]
+def problem(status: int, code: str, detail: str) -> dict[str, object]:
+    """The body: `title` is the status in words, `detail` says what to do, `code` is for programs."""
+    return {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "code": code, "detail": detail}
+
+
+def _answer(status: int, code: str, detail: str, headers: object = None) -> JSONResponse:
+    body = problem(status, code, detail)
+    return JSONResponse(body, status, headers, media_type="application/problem+json")  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from serving.engine import Engine
-from serving.errors import ServiceError, UnknownSessionError
+from serving.errors import BadRequestError, ServiceError, UnknownSessionError, problem
 from serving.images import Pixels, packed
 from serving.schemas import StepRequest
 from serving.sessions import Session
@@ -52,7 +52,7 @@ async def play(
 
     A frame is 4 bytes, little-endian: how long the JSON is that follows, {"step", "milliseconds", "version"}; then the
     picture. The first message is the frame where the session stands, so a player who connects again goes on from there.
-    A bad request is answered with a JSON text, {"error": {"code", "message"}}, and leaves the connection open; an
+    A bad request is answered with a JSON text, the problem as over HTTP, and leaves the connection open; an
     unknown session closes it with 4404.
     """
     engine: Engine = socket.app.state.engine
@@ -72,13 +72,13 @@ async def play(
                 asked, began = StepRequest.model_validate_json(text), time.perf_counter()
                 steps, frame_HWC = await engine.step(session, asked.action, asked.step)
             except ValidationError as error:
-                problem = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']}" for e in error.errors())
-                await socket.send_json({"error": {"code": "invalid_request", "message": problem}})
+                wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']}" for e in error.errors())
+                await socket.send_json(problem(BadRequestError.status, BadRequestError.code, wrong))
             except UnknownSessionError as error:
                 await socket.close(UNKNOWN_SESSION, error.detail)
                 return
             except ServiceError as error:
-                await socket.send_json({"error": {"code": error.code, "message": error.detail}})
+                await socket.send_json(problem(error.status, error.code, error.detail))
             else:
                 milliseconds = 1e3 * (time.perf_counter() - began)
                 outbox.put(await message(session, steps, frame_HWC, milliseconds, picture))

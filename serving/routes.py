@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, Response, UploadFile
@@ -20,11 +20,11 @@ from serving.metrics import Metrics
 from serving.model import LoadedModel
 from serving.schemas import (
     BranchRequest,
-    ErrorBody,
     InferredActions,
     ModelInfo,
     ModelVersionInfo,
     Previews,
+    Problem,
     Ready,
     SessionInfo,
     StartFrame,
@@ -48,8 +48,12 @@ def get_settings(request: Request) -> Settings:
 EngineDep = Annotated[Engine, Depends(get_engine)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 
+_PROBLEM: dict[str, Any] = {
+    "description": "what was wrong, and what is allowed",
+    "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
+}
 health = APIRouter(tags=["health"])
-v1 = APIRouter(prefix="/v1", tags=["play"], responses={"default": {"model": ErrorBody}})
+v1 = APIRouter(prefix="/v1", tags=["play"], responses={"default": _PROBLEM})
 
 _GIF = {200: {"content": {"image/gif": {}}, "description": "the animation"}}
 _PNG = {200: {"content": {"image/png": {}}, "description": "the frame; X-Steps says which"}}
@@ -68,7 +72,7 @@ async def healthz() -> dict[str, str]:
     return {"status": "alive"}
 
 
-@health.get("/readyz", responses={503: {"model": ErrorBody}})
+@health.get("/readyz", responses={503: _PROBLEM})
 async def readyz(engine: EngineDep) -> Ready:
     """A model is loaded and warm: players can be sent here."""
     return Ready(model=engine.model.info, sessions=engine.num_sessions)

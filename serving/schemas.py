@@ -91,11 +91,10 @@ class Ready(BaseModel):
 
 
 class Problem(BaseModel):
-    code: str
-    message: str
+    """The body of every 4xx and 5xx answer, application/problem+json (RFC 9457)."""
 
-
-class ErrorBody(BaseModel):
-    """The body of every 4xx and 5xx answer."""
-
-    error: Problem
+    type: str = Field(description="about:blank: the status says which kind of problem it is")
+    title: str = Field(description="the status in words")
+    status: int
+    code: str = Field(description="for programs", examples=["unknown_session"])
+    detail: str = Field(description="what was wrong and what is allowed, in one line")

@@ -22,8 +22,8 @@ export async function call(path, options, read = (response) => response.json()) 
     if (error.name === "AbortError") throw error;
     throw new ServiceError(0, "The service does not answer.");
   }
-  const problem = (await response.json().catch(() => null))?.error;
-  throw new ServiceError(response.status, problem?.message ?? `The service answered ${response.status}.`, problem?.code);
+  const problem = await response.json().catch(() => null);
+  throw new ServiceError(response.status, problem?.detail ?? `The service answered ${response.status}.`, problem?.code);
 }
 
 /** What `call` reads a frame with. */

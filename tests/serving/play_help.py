@@ -69,9 +69,10 @@ def play(client: TestClient, actions: list[int], **form: object) -> list[bytes]:
 
 def assert_error(response: Response, status: int, code: str, *words: str) -> None:
     assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(response.json()) == {"error"}
-    assert error["code"] == code
-    assert "\n" not in error["message"]
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = response.json()
+    assert set(problem) == {"type", "title", "status", "code", "detail"}
+    assert (problem["status"], problem["code"]) == (status, code)
+    assert "\n" not in problem["detail"]
     for word in words:
-        assert word in error["message"]
+        assert word in problem["detail"]

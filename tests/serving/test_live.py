@@ -70,11 +70,11 @@ def test_what_is_wrong_is_said_and_the_connection_stays(serve: Serve) -> None:
         received(socket)
         for sent, word in (("up", "JSON"), ("{}", "action"), ('{"action": 9}', "from 0 to 3"), ("[]", "object")):
             socket.send_text(sent)
-            error = socket.receive_json()["error"]
-            assert error["code"] == "invalid_request"
-            assert word in error["message"]
+            problem = socket.receive_json()
+            assert problem["code"] == "invalid_request"
+            assert word in problem["detail"]
         socket.send_json({"action": 0, "step": 5})
-        assert socket.receive_json()["error"]["code"] == "session_moved"
+        assert socket.receive_json()["code"] == "session_moved"
         socket.send_json({"action": 0})
         assert received(socket)[0]["step"] == 1
         client.delete(f"/v1/sessions/{session}")
