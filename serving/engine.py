@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _GATHER_SECONDS = 0.005  # how long a pass waits for players who just stepped
 _RECENT_SECONDS = 0.25
+_ALONE_SECONDS = 2.0  # a world nobody steps for so long no longer holds on to those it stepped beside
 _PARK_SECONDS = 30.0  # a world nobody steps for so long leaves memory; its tokens bring it back
 
 
@@ -310,13 +311,16 @@ class Engine:
     async def expire_idle(self) -> None:
         """Ends sessions that nobody has stepped for `idle_seconds`, and parks the idle; runs until cancelled."""
         while True:
-            await asyncio.sleep(min(self._settings.idle_seconds / 4, 10.0))
+            await asyncio.sleep(min(self._settings.idle_seconds / 4, _ALONE_SECONDS))
             now = time.monotonic()
             for session in list(self._sessions.values()):
                 if now - session.last_used > self._settings.idle_seconds:
                     await self.delete(session.id)
                 elif now - session.last_used > _PARK_SECONDS and not session.waiting:
                     session.world = None
+                elif now - session.last_used > _ALONE_SECONDS and not session.waiting:
+                    async with session.lock:
+                        await self._run(partial(self._keeper.leave_batch, session))
             store, oldest = self._keeper.store, time.time() - self._settings.idle_seconds
             forgotten = await self._run(partial(store.unused_since, oldest))
             await self._run(partial(store.delete, [id for id in forgotten if id not in self._sessions]))

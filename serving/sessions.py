@@ -86,6 +86,11 @@ class Keeper:
             session.world = World(genie.resume(codes_1TNC, actions_1T, [session.seed], [session.steps + 1]))
         return session.world
 
+    def leave_batch(self, session: Session) -> None:
+        """Its world alone stays in memory, not all that it last stepped beside."""
+        if session.world is not None and len(session.world.state.seeds) > 1:
+            session.world = World(session.world.state.take([session.world.row]))
+
     def copies(self, session: Session, times: int) -> PlayState:
         """Its world so many times side by side."""
         world = self.wake(session)

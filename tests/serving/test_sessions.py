@@ -24,6 +24,7 @@ from play_help import Registry, assert_error, create, pixels, play, step
 from serving import worlds
 from serving.engine import Engine
 from serving.sessions import Session
+from serving.worlds import World
 
 Serve = Callable[..., TestClient]
 
@@ -165,6 +166,23 @@ def test_a_parked_world_comes_back(serve: Serve) -> None:
     for action, expected in zip(actions, undisturbed, strict=True):
         held.world = None
         assert nearly(pixels(step(client, session, action).content), pixels(expected))
+
+
+def test_an_idle_world_lets_go_of_those_it_stepped_beside(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.engine._ALONE_SECONDS", 0.1)
+    client = serve()
+    undisturbed = play(client, [1, 2], seed=1)
+    sessions = [create(client, seed=1) for _ in range(3)]
+    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    states = [engine._sessions[session].world.state for session in sessions]  # type: ignore[union-attr]
+    together = worlds.PlayState.stack(states)
+    for row, session in enumerate(sessions):
+        engine._sessions[session].world = World(together, row)
+    deadline = time.monotonic() + 10
+    while any(len(engine._sessions[session].world.state.seeds) > 1 for session in sessions):  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert [step(client, sessions[2], action).content for action in (1, 2)] == undisturbed
 
 
 def test_sessions_survive_the_process(serve: Serve, registry: Registry, tmp_path: Path, model_folder: Path) -> None:
