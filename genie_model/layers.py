@@ -50,14 +50,6 @@ class TemporalCache:
         twin.rings = {layer: (k[worlds], v[worlds]) for layer, (k, v) in self.rings.items()}
         return twin
 
-    def put(self, worlds: list[int], other: TemporalCache) -> None:
-        """The pasts of these worlds become the other's."""
-        for row, world in enumerate(worlds):
-            self.positions[world] = other.positions[row]
-        for layer, rings in self.rings.items():
-            for ring, new in zip(rings, other.rings[layer], strict=True):
-                ring[worlds] = new
-
     @staticmethod
     def stack(caches: Sequence[TemporalCache]) -> TemporalCache:
         """The worlds of all of them, side by side."""

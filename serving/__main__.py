@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     host = settings.host.replace("0.0.0.0", "localhost")
     summary("serve", f"play at http://{host}:{listener.getsockname()[1]} (Ctrl-C ends it)")
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, ws_max_size=65_536)
+    )
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     return 0 if server.started else 1

@@ -14,6 +14,7 @@ from serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
 _HEADER = b"x-request-id"
+_METHODS = {"GET", "HEAD", "POST", "DELETE", "OPTIONS"}  # a client may send any word
 _SAFE = re.compile(rb"[\w.:-]{1,64}")  # what a proxy may have given; anything else is replaced
 
 
@@ -43,7 +44,8 @@ class Access:
             await self.app(scope, receive, numbered)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
-            self.metrics.answers.labels(scope["method"], route, status).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.metrics.answers.labels(method, route, status).inc()
             log.info(
                 "%s %s %d",
                 scope["method"],

@@ -13,8 +13,9 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -27,6 +28,7 @@ from serving.errors import (
     BadRequestError,
     BusyError,
     NotReadyError,
+    PassFailedError,
     SessionMovedError,
     TooManySessionsError,
     UnknownSessionError,
@@ -41,13 +43,16 @@ from serving.store import SessionStore
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_ELSEWHERE = "this session ended or went on elsewhere: ask where it stands"
+_FRAMES_AT_ONCE = 32  # of a past that is painted again: players step in between
+_PREVIEWS = 3  # requests for them that one session may have
 _GATHER_SECONDS = 0.005  # how long a pass waits for players who just stepped
 _RECENT_SECONDS = 0.25
 _ALONE_SECONDS = 2.0  # a world nobody steps for so long no longer holds on to those it stepped beside
 _PARK_SECONDS = 30.0  # a world nobody steps for so long leaves memory; its tokens bring it back
 
 
-@dataclass
+@dataclass(eq=False)
 class _Step:
     """A step that waits for its pass."""
 
@@ -99,7 +104,7 @@ class Engine:
         self._worker.submit(warm, model).result()
         if self._model:
             self._metrics.serving.remove(self._model.info.name, self._model.info.version)
-        self._model = model
+        self._model = self._keeper.models[model.identity] = model
         self._metrics.serving.labels(model.info.name, model.info.version).set(1)
         self._metrics.reloads.labels("loaded").inc()
         log.info("serving %s version %s, loaded in %.1f s", version.name, version.version, time.perf_counter() - began)
@@ -139,31 +144,31 @@ class Engine:
     async def session(self, session_id: str) -> Session:
         """One that is open, or that another process left in the store. Raises UnknownSessionError."""
         if session_id not in self._sessions:
-            found = await self._run(partial(self._keeper.reopen, session_id, self._loaded()))
-            if found is None:
-                raise UnknownSessionError(ENDED)
+            with self._place():
+                found = await self._run(partial(self._keeper.reopen, session_id))
             self._sessions.setdefault(session_id, found)
         return self._sessions[session_id]
 
-    def _loaded(self) -> list[LoadedModel]:
-        """The models in memory."""
-        return [model for model in (self._model, *(session.model for session in self._sessions.values())) if model]
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Holds a place for a session that is about to be open. Raises TooManySessionsError."""
+        most = self._settings.max_sessions
+        if self.num_sessions + self._starting >= most:
+            raise TooManySessionsError(f"all {most} sessions are taken: end one or try again later")
+        self._starting += 1
+        try:
+            yield
+        finally:
+            self._starting -= 1
 
     async def create(
         self, model: LoadedModel, frame_HWC: Pixels, seed: int | None, sampling: SamplingConfig | None = None
     ) -> Session:
         """A world that starts at `frame_HWC`: uint8, of the model's frame size. Raises TooManySessionsError."""
-        if self.num_sessions + self._starting >= self._settings.max_sessions:
-            raise TooManySessionsError(
-                f"all {self._settings.max_sessions} sessions are taken: end one or try again later"
-            )
         seed = secrets.randbelow(2**31) if seed is None else seed
         session = Session(secrets.token_urlsafe(12), model, seed, sampling or model.genie.config.sampling, frame_HWC)
-        self._starting += 1
-        try:
+        with self._place():
             await self._run(partial(self._keeper.begin, session))
-        finally:
-            self._starting -= 1
         self._sessions[session.id] = session
         return session
 
@@ -183,10 +188,12 @@ class Engine:
             async with session.lock:
                 if session.id not in self._sessions:
                     raise UnknownSessionError(ENDED)
+                if self._sessions[session.id] is not session:
+                    raise SessionMovedError(_ELSEWHERE)
                 if expected is not None and expected != session.steps + 1:
-                    if expected == session.steps > 0:
+                    if expected == session.steps > 0 and action == session.last_action:
                         return session.steps, session.frame_HWC
-                    raise SessionMovedError(f"step {expected} was asked for, but step {session.steps + 1} is next")
+                    raise SessionMovedError(f"this is not step {expected} again, and step {session.steps + 1} is next")
                 waiting = _Step(session, action, asyncio.get_running_loop().create_future())
                 self._steps.append(waiting)
                 self._step_came.set()
@@ -207,21 +214,22 @@ class Engine:
             actions, began = [step.action for step in batch], time.perf_counter()
             try:
                 frames = await self._run(partial(self._keeper.step, [step.session for step in batch], actions))
-            except Exception as error:  # told to those who wait; the tokens in the store bring their worlds back
+            except Exception:  # the tokens in the store bring their worlds back
+                log.exception("a pass of the model failed")
                 for step in batch:
                     step.session.world = None
                     if not step.done.done():
-                        step.done.set_exception(error)
+                        step.done.set_exception(PassFailedError("the model failed at this step: send it again"))
                 continue
             self._measured(batch, began, time.perf_counter())
             for step, frame_HWC in zip(batch, frames, strict=True):
                 if frame_HWC is None:
-                    self._sessions.pop(step.session.id, None)  # whoever asks for it next finds what the store has
-                    moved = SessionMovedError("this session ended or went on elsewhere: ask where it stands")
+                    if self._sessions.get(step.session.id) is step.session:
+                        del self._sessions[step.session.id]  # whoever asks for it next finds what the store has
                     if not step.done.done():
-                        step.done.set_exception(moved)
+                        step.done.set_exception(SessionMovedError(_ELSEWHERE))
                     continue
-                step.session.frame_HWC = frame_HWC
+                step.session.frame_HWC, step.session.last_action = frame_HWC, step.action
                 step.session.steps += 1
                 step.session.last_used = time.monotonic()
                 if not step.done.done():  # its player may have gone
@@ -245,20 +253,29 @@ class Engine:
                 batch.setdefault(step.session.id, step)
         return list(batch.values())
 
-    async def previews(self, session: Session, repeats: int) -> Pixels:
-        """The frame that each action leads to when taken `repeats` times from here: uint8 (A, H, W, 3).
+    async def previews(self, session: Session, repeats: int) -> tuple[int, Pixels]:
+        """The steps so far, and the frame that each action leads to when taken `repeats` times: uint8 (A, H, W, 3).
 
-        The session itself stays where it is. Its own steps go first: then SessionMovedError is raised.
+        The session itself stays where it is. Its own steps go first: then SessionMovedError is raised. Raises BusyError
+        where too many wait.
         """
+        if session.previews_waiting >= _PREVIEWS:
+            raise BusyError("previews of this session are being drawn: ask again when they are there")
         actions = torch.arange(session.model.info.num_actions)
-        async with session.lock:
-            steps, copies = session.steps, await self._run(partial(self._keeper.copies, session, len(actions)))
-        for _ in range(repeats):
-            async with session.lock:
-                if session.steps != steps:
-                    raise SessionMovedError("the session went on while its previews were drawn: ask again")
-                frames_AHWC = await self._run(partial(session.model.genie.step, copies, actions, session.sampling))
-        return frames_AHWC.numpy()
+        session.previews_waiting += 1
+        try:
+            async with session.previewing:
+                async with session.lock:
+                    steps, copies = session.steps, await self._run(partial(self._keeper.copies, session, len(actions)))
+                for _ in range(repeats):
+                    async with session.lock:
+                        if session.steps != steps:
+                            raise SessionMovedError("the session went on while its previews were drawn: ask again")
+                        look = partial(session.model.genie.step, copies, actions, session.sampling)
+                        frames_AHWC = await self._run(look)
+            return steps, frames_AHWC.numpy()
+        finally:
+            session.previews_waiting -= 1
 
     async def rollout(
         self, model: LoadedModel, frame_HWC: Pixels, seed: int | None, sampling: SamplingConfig, actions: list[int]
@@ -289,41 +306,48 @@ class Engine:
         """Frames start..stop of the session's past, frame 0 being the prompt: uint8 (T, H, W, 3)."""
         if not 0 <= start < stop <= session.steps + 1:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {start} to {stop - 1}")
-        return await self._run(partial(self._keeper.past_frames, session, start, stop))
+        parts = [
+            await self._run(partial(self._keeper.past_frames, session, begin, min(begin + _FRAMES_AT_ONCE, stop)))
+            for begin in range(start, stop, _FRAMES_AT_ONCE)
+        ]
+        return np.concatenate(parts)
 
     async def branch(self, session: Session, t: int) -> Session:
         """A new session that shares this one's frames up to t, its seed and its model, and goes on by itself."""
         if not 0 <= t <= session.steps:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {t}")
-        if self.num_sessions + self._starting >= self._settings.max_sessions:
-            raise TooManySessionsError(f"all {self._settings.max_sessions} sessions are taken: end one first")
-        new_id = secrets.token_urlsafe(12)
-        branch = await self._run(partial(self._keeper.branch, session, t, new_id))
+        with self._place():
+            branch = await self._run(partial(self._keeper.branch, session, t, secrets.token_urlsafe(12)))
         self._sessions[branch.id] = branch
         return branch
 
     async def delete(self, session_id: str) -> None:
         """Raises UnknownSessionError."""
-        session = await self.session(session_id)
-        self._sessions.pop(session.id, None)
-        await self._run(partial(self._keeper.store.delete, [session.id]))
+        self._sessions.pop(session_id, None)
+        if not await self._run(partial(self._keeper.store.delete, session_id)):
+            raise UnknownSessionError(ENDED)
 
     async def expire_idle(self) -> None:
         """Ends sessions that nobody has stepped for `idle_seconds`, and parks the idle; runs until cancelled."""
         while True:
             await asyncio.sleep(min(self._settings.idle_seconds / 4, _ALONE_SECONDS))
-            now = time.monotonic()
-            for session in list(self._sessions.values()):
-                if now - session.last_used > self._settings.idle_seconds:
-                    await self.delete(session.id)
-                elif now - session.last_used > _PARK_SECONDS and not session.waiting:
-                    session.world = None
-                elif now - session.last_used > _ALONE_SECONDS and not session.waiting:
-                    async with session.lock:
-                        await self._run(partial(self._keeper.leave_batch, session))
-            store, oldest = self._keeper.store, time.time() - self._settings.idle_seconds
-            forgotten = await self._run(partial(store.unused_since, oldest))
-            await self._run(partial(store.delete, [id for id in forgotten if id not in self._sessions]))
+            try:
+                await self._expire()
+            except Exception:  # the next round tries again; without rounds no place would ever be free
+                log.exception("idle sessions could not be ended")
+
+    async def _expire(self) -> None:
+        now = time.monotonic()
+        for session in list(self._sessions.values()):
+            idle = now - session.last_used
+            if idle > self._settings.idle_seconds:
+                self._sessions.pop(session.id, None)
+            elif idle > _ALONE_SECONDS and not session.waiting:
+                async with session.lock:
+                    shrink = self._keeper.park if idle > _PARK_SECONDS else self._keeper.leave_batch
+                    await self._run(partial(shrink, session))
+        oldest = time.time() - self._settings.idle_seconds
+        await self._run(partial(self._keeper.store.delete_unused, oldest, frozenset(self._sessions)))
 
     async def _gather(self) -> None:
         """Waits a moment for players who just got a frame: their next step would come right after the pass began."""

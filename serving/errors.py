@@ -50,6 +50,10 @@ class BusyError(ServiceError):
     status, code, retry_after_seconds = 429, "too_many_requests", 1
 
 
+class PassFailedError(ServiceError):
+    status, code = 500, "model_failed"
+
+
 class NotReadyError(ServiceError):
     status, code, retry_after_seconds = 503, "not_ready", 5
 

@@ -19,7 +19,6 @@ from serving.sessions import Session
 
 live = APIRouter(prefix="/v1")
 PictureFormat = Literal["png", "webp", "jpeg"]
-UNKNOWN_SESSION = 4404
 
 
 class Outbox:
@@ -48,44 +47,50 @@ class Outbox:
 async def play(
     socket: WebSocket, session_id: str, picture: Annotated[PictureFormat, Query(alias="format")] = "png"
 ) -> None:
-    """Takes actions as JSON, {"action": 2} or with "step" as in POST step, and answers each with one binary message.
+    """Takes actions as JSON, {"action": 2} or with "step" as in POST step; the newest frame comes as a binary message.
 
     A frame is 4 bytes, little-endian: how long the JSON is that follows, {"step", "milliseconds", "version"}; then the
     picture. The first message is the frame where the session stands, so a player who connects again goes on from there.
-    A bad request is answered with a JSON text, the problem as over HTTP, and leaves the connection open; an
-    unknown session closes it with 4404.
+    A bad request is answered with a JSON text, the problem as over HTTP, and leaves the connection open; a
+    session that is not there closes it with 4404, a service that cannot open it with 4503.
     """
     engine: Engine = socket.app.state.engine
     await socket.accept()
-    try:
-        session = await engine.session(session_id)
-    except UnknownSessionError as error:
-        await socket.close(UNKNOWN_SESSION, error.detail)
-        return
     outbox = Outbox(socket)
     sending = asyncio.create_task(outbox.send())
     try:
+        session = await engine.session(session_id)
         outbox.put(await message(session, session.steps, session.frame_HWC, 0.0, picture))
-        while True:
-            text = await socket.receive_text()
-            try:
-                asked, began = StepRequest.model_validate_json(text), time.perf_counter()
-                steps, frame_HWC = await engine.step(session, asked.action, asked.step)
-            except ValidationError as error:
-                wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']}" for e in error.errors())
-                await socket.send_json(problem(BadRequestError.status, BadRequestError.code, wrong))
-            except UnknownSessionError as error:
-                await socket.close(UNKNOWN_SESSION, error.detail)
-                return
-            except ServiceError as error:
-                await socket.send_json(problem(error.status, error.code, error.detail))
-            else:
-                milliseconds = 1e3 * (time.perf_counter() - began)
-                outbox.put(await message(session, steps, frame_HWC, milliseconds, picture))
-    except (WebSocketDisconnect, RuntimeError):  # RuntimeError: starlette's, when a send meets a closed connection
+        while (received := await socket.receive())["type"] != "websocket.disconnect":
+            wrong = await answer(engine, session_id, received.get("text") or "", picture, outbox)
+            if wrong:
+                await socket.send_json(wrong)
+    except ServiceError as error:
+        await socket.close(4000 + error.status, error.detail)
+    except WebSocketDisconnect:
         return
     finally:
         sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)  # a send that met a closed connection
+
+
+async def answer(
+    engine: Engine, session_id: str, text: str, picture: PictureFormat, outbox: Outbox
+) -> dict[str, object] | None:
+    """Takes the step that is asked for; the problem, if there is one. Raises UnknownSessionError."""
+    try:
+        asked, began = StepRequest.model_validate_json(text), time.perf_counter()
+        session = await engine.session(session_id)
+        steps, frame_HWC = await engine.step(session, asked.action, asked.step)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']}" for e in error.errors())
+        return problem(BadRequestError.status, BadRequestError.code, wrong)
+    except UnknownSessionError:
+        raise
+    except ServiceError as error:
+        return problem(error.status, error.code, error.detail)
+    outbox.put(await message(session, steps, frame_HWC, 1e3 * (time.perf_counter() - began), picture))
+    return None
 
 
 async def message(

@@ -108,9 +108,17 @@ class LoadedModel:
     folder: str
     start_frames: dict[str, bytes]
 
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        return identity(self.info)
+
     def is_of(self, version: ModelVersion) -> bool:
-        mine = (self.info.name, self.info.version, self.info.run_id)
-        return mine == (version.name, version.version, version.run_id)
+        return self.identity == identity(version)
+
+
+def identity(version: ModelVersion | ModelInfo) -> tuple[str, str, str]:
+    """What tells one version from all others."""
+    return version.name, version.version, version.run_id
 
 
 def load(version: ModelVersion) -> LoadedModel:

@@ -215,8 +215,7 @@ async def previews(
     repeats: Annotated[int, Query(ge=1, le=8, description="times each action is taken")] = 3,
 ) -> Previews:
     """What each latent action would do from here: the session itself stays where it is."""
-    steps = session.steps
-    frames_AHWC = await engine.previews(session, repeats)
+    steps, frames_AHWC = await engine.previews(session, repeats)
     return Previews(steps=steps, repeats=repeats, images=[png_data_url(frame_HWC) for frame_HWC in frames_AHWC])
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from genie_model.genie import NO_ACTION, PlayState
 from serving import worlds
 from serving.errors import NotReadyError, UnknownSessionError
 from serving.images import Pixels, frame_from_png, png
-from serving.model import FolderVersion, LoadedModel, ModelSource, load
+from serving.model import FolderVersion, LoadedModel, ModelSource, identity, load
 from serving.schemas import SessionInfo
 from serving.store import Frame, SessionRecord, SessionStore
 from serving.worlds import World
@@ -22,7 +24,7 @@ from serving.worlds import World
 ENDED = "this session does not exist or has ended: create a new one"
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """One player's world: it keeps the model it began with until it ends."""
 
@@ -35,6 +37,9 @@ class Session:
     world: World | None = None  # None: parked, its frames are in the store
     last_used: float = field(default_factory=time.monotonic)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    last_action: int = NO_ACTION  # that led to `frame_HWC`
+    previewing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    previews_waiting: int = 0
     waiting: int = 0  # requests that wait for the lock, or have it
 
     def info(self) -> SessionInfo:
@@ -53,6 +58,7 @@ class Keeper:
 
     def __init__(self, store: SessionStore, source: ModelSource) -> None:
         self.store = store
+        self.models = WeakValueDictionary[tuple[str, str, str], LoadedModel]()  # in memory, by identity
         self._source = source
 
     def begin(self, session: Session) -> None:
@@ -67,17 +73,26 @@ class Keeper:
 
         None for a session that ended, or that another process stepped meanwhile. `steps` are not moved on.
         """
+        awake = []
+        for session, action in zip(sessions, actions, strict=True):
+            with suppress(UnknownSessionError):
+                awake.append((session, action, self.wake(session)))
+        if not awake:
+            return [None] * len(sessions)
         genie, sampling = sessions[0].model.genie, sessions[0].sampling
-        found = worlds.step(genie, [self.wake(session) for session in sessions], actions, sampling)
+        found = worlds.step(genie, [world for *_, world in awake], [action for _, action, _ in awake], sampling)
         frames = [
             Frame(session.id, session.steps + 1, action, codes_NC)
-            for session, action, (_, codes_NC) in zip(sessions, actions, found, strict=True)
+            for (session, action, _), (_, codes_NC) in zip(awake, found, strict=True)
         ]
         kept = self.store.append(frames)
-        return [frame_HWC if mine else None for (frame_HWC, _), mine in zip(found, kept, strict=True)]
+        seen = {
+            session: frame_HWC for (session, *_), (frame_HWC, _), mine in zip(awake, found, kept, strict=True) if mine
+        }
+        return [seen.get(session) for session in sessions]
 
     def wake(self, session: Session) -> World:
-        """Brings a parked world back, from the tokens of the last frames that matter."""
+        """Brings a parked world back, from the tokens of the last frames that matter. Raises UnknownSessionError."""
         if session.world is None:
             genie = session.model.genie
             kept = self._kept(session, max(session.steps + 1 - genie.memory, 0), session.steps + 1)
@@ -85,6 +100,10 @@ class Keeper:
             actions_1T = torch.tensor([[frame.action for frame in kept]])
             session.world = World(genie.resume(codes_1TNC, actions_1T, [session.seed], [session.steps + 1]))
         return session.world
+
+    def park(self, session: Session) -> None:
+        """Its world leaves memory."""
+        session.world = None
 
     def leave_batch(self, session: Session) -> None:
         """Its world alone stays in memory, not all that it last stepped beside."""
@@ -115,22 +134,25 @@ class Keeper:
         if record is None:
             raise UnknownSessionError(ENDED)
         branch = Session(new_id, session.model, session.seed, session.sampling, session.frame_HWC, steps=t)
+        branch.last_action = kept[-1].action
         branch.frame_HWC = self.past_frames(session, t, t + 1)[0]
         copies = [Frame(new_id, frame.t, frame.action, frame.codes_NC) for frame in kept]
         self.store.create(self._record(branch, record.prompt), copies)
         return branch
 
-    def reopen(self, session_id: str, loaded: list[LoadedModel]) -> Session | None:
-        """One that a process left in the store, or None. Its model is one of `loaded`, or is loaded."""
+    def reopen(self, session_id: str) -> Session:
+        """One that a process left in the store. Raises UnknownSessionError, NotReadyError without its model."""
         record = self.store.record(session_id)
         if record is None:
-            return None
+            raise UnknownSessionError(ENDED)
         version = FolderVersion(record.name, record.version, record.run_id, record.folder)
-        model = next((model for model in loaded if model.is_of(version)), None) or self._load_again(version)
+        model = self.models.get(identity(version)) or self._load_again(version)
+        self.models[model.identity] = model
         sampling = SamplingConfig.model_validate_json(record.sampling)
         steps = self.store.length(session_id) - 1
         session = Session(record.id, model, record.seed, sampling, frame_from_png(record.prompt), steps=steps)
         session.frame_HWC = self.past_frames(session, steps, steps + 1)[0]
+        session.last_action = self._kept(session, steps, steps + 1)[0].action
         return session
 
     def _load_again(self, version: FolderVersion) -> LoadedModel:
@@ -151,7 +173,10 @@ class Keeper:
     def _kept(self, session: Session, start: int, stop: int) -> list[Frame]:
         tokenizer = session.model.genie.tokenizer
         shape = (tokenizer.num_patches, tokenizer.config.codes_per_patch)
-        return self.store.frames(session.id, shape, start, stop)
+        found = self.store.frames(session.id, shape, start, stop)
+        if len(found) < stop - start:
+            raise UnknownSessionError(ENDED)
+        return found
 
     def _record(self, session: Session, prompt: bytes) -> SessionRecord:
         info = session.model.info

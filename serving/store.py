@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,16 +110,19 @@ class SessionStore:
         """How many frames there are of it, the prompt included."""
         return int(self._db.execute("SELECT COUNT(*) FROM frames WHERE session = ?", (session_id,)).fetchone()[0])
 
-    def ids(self) -> list[str]:
-        return [row[0] for row in self._db.execute("SELECT id FROM sessions ORDER BY last_used")]
-
-    def delete(self, session_ids: Iterable[str]) -> None:
+    def delete(self, session_id: str) -> bool:
+        """Was there such a session?"""
         with self._db:
-            self._db.executemany("DELETE FROM sessions WHERE id = ?", [(session_id,) for session_id in session_ids])
+            return self._db.execute("DELETE FROM sessions WHERE id = ?", (session_id,)).rowcount == 1
 
-    def unused_since(self, moment: float) -> list[str]:
-        """Sessions that were last stepped before `moment`, in seconds of time.time()."""
-        return [row[0] for row in self._db.execute("SELECT id FROM sessions WHERE last_used < ?", (moment,))]
+    def delete_unused(self, oldest: float, open_here: Set[str]) -> None:
+        """All that no process has stepped since that time.time(), and that are not open in this one."""
+        unused = self._db.execute("SELECT id FROM sessions WHERE last_used < ?", (oldest,)).fetchall()
+        with self._db:  # asked once more with each: another process may have stepped it meanwhile
+            self._db.executemany(
+                "DELETE FROM sessions WHERE id = ? AND last_used < ?",
+                [(session_id, oldest) for (session_id,) in unused if session_id not in open_here],
+            )
 
     def close(self) -> None:
         self._db.close()

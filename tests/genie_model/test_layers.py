@@ -72,13 +72,7 @@ def test_worlds_of_any_age_step_together(model: STTransformer) -> None:
     for cache, world, t, row in zip(caches, (1, 0, 1), (1, 3, 9), range(3), strict=True):
         alone = model(x[:, t : t + 1], cache.fork(), commit=True)[world]
         torch.testing.assert_close(found[row], alone, atol=1e-5, rtol=1e-5)
-    before = table.fork()
-    table.put([1, 2, 5], together)
-    assert table.positions == [1, 2, 4, 3, 9, 10]
-    for layer, (k, v) in table.rings.items():
-        for ring, old, new in zip((k, v), before.rings[layer], together.rings[layer], strict=True):
-            assert torch.equal(ring[[1, 2, 5]], new)
-            assert torch.equal(ring[[0, 3, 4]], old[[0, 3, 4]])
+    assert table.positions == [1, 1, 3, 3, 9, 9]
 
 
 @pytest.mark.parametrize(("height", "width", "num_patches"), [(8, 8, 4), (9, 16, 12), (5, 7, 4)])

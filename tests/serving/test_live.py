@@ -73,6 +73,8 @@ def test_what_is_wrong_is_said_and_the_connection_stays(serve: Serve) -> None:
             problem = socket.receive_json()
             assert problem["code"] == "invalid_request"
             assert word in problem["detail"]
+        socket.send_bytes(b"0")
+        assert socket.receive_json()["code"] == "invalid_request"
         socket.send_json({"action": 0, "step": 5})
         assert socket.receive_json()["code"] == "session_moved"
         socket.send_json({"action": 0})
@@ -128,7 +130,7 @@ def test_a_session_that_ended_elsewhere_disturbs_no_other(serve: Serve, monkeypa
     gathered = worlds.step
 
     def step_while_another_replica_ends_it(*args: Any) -> Any:
-        store.delete([session])
+        store.delete(session)
         return gathered(*args)
 
     monkeypatch.setattr(worlds, "step", step_while_another_replica_ends_it)
