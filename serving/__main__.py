@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         listener = bind(settings.host, settings.port)  # before the model loads: a port in use shows at once
         app = create_app(settings)
         if not settings.wait:
-            app.state.engine.refresh()
+            app.state.engine.models.refresh()
     except ValidationError as error:
         problems = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
         return _refuse("; ".join(problems))

@@ -33,8 +33,8 @@ _PAGE_HEADERS = {
 def create_app(settings: Settings | None = None, source: ModelSource | None = None) -> FastAPI:
     """The play service. `source` says which model is served; by default `settings` do.
 
-    The model loads in the background once the app runs (/readyz says when); `app.state.engine.refresh()` before that
-    loads it at once, or raises ValueError saying what is missing.
+    The model loads in the background once the app runs (/readyz says when); `app.state.engine.models.refresh()` before
+    that loads it at once, or raises ValueError saying what is missing.
     """
     settings = settings or Settings()
     metrics = Metrics()
@@ -42,7 +42,7 @@ def create_app(settings: Settings | None = None, source: ModelSource | None = No
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.follow()
+        engine.models.follow()
         tasks = [asyncio.create_task(work) for work in (engine.play(), engine.expire_idle())]
         yield
         for task in tasks:

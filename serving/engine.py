@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,8 @@ from serving.errors import (
 )
 from serving.images import Pixels
 from serving.metrics import Metrics
-from serving.model import LoadedModel, ModelSource, load, warm
+from serving.model import LoadedModel, ModelSource, warm
+from serving.models import Models
 from serving.schemas import ModelVersionInfo
 from serving.sessions import ENDED, Keeper, Session
 from serving.settings import Settings
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _ELSEWHERE = "this session ended or went on elsewhere: ask where it stands"
 _FRAMES_AT_ONCE = 32  # of a past that is painted again: players step in between
+_LOAD_SECONDS = 60.0
 _PREVIEWS = 3  # requests for them that one session may have
 _GATHER_SECONDS = 0.005  # how long a pass waits for players who just stepped
 _RECENT_SECONDS = 0.25
@@ -58,7 +59,7 @@ class _Step:
 
     session: Session
     action: int
-    done: asyncio.Future[Pixels]
+    done: asyncio.Future[None]
     came: float = field(default_factory=time.perf_counter)
 
 
@@ -69,10 +70,7 @@ class Engine:
         """Raises ValueError when the store's file cannot be used."""
         self._metrics = metrics
         self._settings = settings
-        self._source = source
-        self._keeper = Keeper(SessionStore(settings.session_store), source)
-        self._model: LoadedModel | None = None
-        self._problem = "the model is loading"
+        self._keeper = Keeper(SessionStore(settings.session_store))
         self._sessions: dict[str, Session] = {}
         self._starting = 0
         self._steps: list[_Step] = []
@@ -80,53 +78,37 @@ class Engine:
         self._rolling = asyncio.Semaphore(1)  # rollouts at once: players go first
         self.decoding = asyncio.Semaphore(2)  # uploads decoded at once: a picture of 40 megapixels takes 300 MB
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self._stopped = threading.Event()
+        self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
+        self.models = Models(settings, source, metrics, lambda model: self._worker.submit(warm, model).result())
 
-    # ---- the model
+    # ---- models
 
     @property
     def model(self) -> LoadedModel:
         """What new sessions play. Raises NotReadyError with the reason while there is none."""
-        if self._model is None:
-            raise NotReadyError(self._problem)
-        return self._model
+        if self.models.champion is None:
+            raise NotReadyError(self.models.problem)
+        return self.models.champion
 
-    def refresh(self) -> None:
-        """Loads and warms the champion beside the model in use, then swaps, if it is another version.
+    async def version(self, asked: str | None) -> LoadedModel:
+        """The version of that number or alias, by default the champion. Raises as `Models.asked`."""
+        return await self._load(partial(self.models.asked, asked)) if asked else self.model
 
-        Raises ValueError, saying what to do, when there is no champion or it does not load; the model in use stays.
-        """
-        version = self._source.champion()
-        if self._model and self._model.is_of(version):
-            return
-        began = time.perf_counter()
-        model = load(version)
-        self._worker.submit(warm, model).result()
-        if self._model:
-            self._metrics.serving.remove(self._model.info.name, self._model.info.version)
-        self._model = self._keeper.models[model.identity] = model
-        self._metrics.serving.labels(model.info.name, model.info.version).set(1)
-        self._metrics.reloads.labels("loaded").inc()
-        log.info("serving %s version %s, loaded in %.1f s", version.name, version.version, time.perf_counter() - began)
+    async def versions(self) -> list[ModelVersionInfo]:
+        """All that the source knows of. Raises NotReadyError when it cannot be asked."""
+        return await self._load(self.models.listed)
 
-    def follow(self) -> None:
-        """Starts to look for a new champion every `poll_seconds`, in a thread that dies with the process."""
-        threading.Thread(target=self._follow, name="follow-champion", daemon=True).start()
-
-    def _follow(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                self.refresh()
-                self._problem = ""
-            except Exception as error:  # whatever is wrong with the registry or a new version, players play on
-                if str(error) != self._problem:
-                    self._problem = str(error)
-                    self._metrics.reloads.labels("refused").inc()
-                    log.warning("no new model: %s", error)
-            self._stopped.wait(self._settings.poll_seconds)
+    async def _load(self, work: Callable[[], T]) -> T:
+        """In threads of their own, so that a registry that hangs holds up nothing else."""
+        try:
+            found = asyncio.get_running_loop().run_in_executor(self._loaders, work)
+            return await asyncio.wait_for(found, _LOAD_SECONDS)
+        except TimeoutError:
+            raise NotReadyError(f"no model after {_LOAD_SECONDS:g} seconds: try again later") from None
 
     def close(self) -> None:
-        self._stopped.set()
+        self.models.close()
+        self._loaders.shutdown(wait=False, cancel_futures=True)
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._keeper.store.close()
 
@@ -145,7 +127,9 @@ class Engine:
         """One that is open, or that another process left in the store. Raises UnknownSessionError."""
         if session_id not in self._sessions:
             with self._place():
-                found = await self._run(partial(self._keeper.reopen, session_id))
+                record = await self._run(partial(self._keeper.record, session_id))
+                model = await self._load(partial(self.models.of_session, record.model))
+                found = await self._run(partial(self._keeper.reopen, record, model))
             self._sessions.setdefault(session_id, found)
         return self._sessions[session_id]
 
@@ -172,15 +156,17 @@ class Engine:
         self._sessions[session.id] = session
         return session
 
-    async def step(self, session: Session, action: int, expected: int | None = None) -> tuple[int, Pixels]:
-        """Takes `action`; returns the steps so far and the frame they led to, (H, W, 3).
+    async def step(self, session: Session, actions: list[int], expected: int | None = None) -> tuple[int, Pixels]:
+        """Takes the actions, one after another; returns the steps so far and the frame they led to, (H, W, 3).
 
-        `expected` is the number that this step is to get. Sent again after a lost answer, the step is not taken twice:
-        its frame is the answer. Raises BadRequestError, BusyError, and SessionMovedError where `expected` is another.
+        `expected` is the number that the first of them is to get. Sent again after a lost answer, no step is taken
+        twice: what was taken already counts, the rest is taken. Raises BadRequestError, BusyError, and
+        SessionMovedError where the session stands elsewhere, or came there by other actions.
         """
         num_actions = session.model.info.num_actions
-        if not 0 <= action < num_actions:
-            raise BadRequestError(f"action must be from 0 to {num_actions - 1}, not {action}")
+        for action in actions:
+            if not 0 <= action < num_actions:
+                raise BadRequestError(f"actions must be from 0 to {num_actions - 1}, not {action}")
         if session.waiting >= self._settings.max_waiting:
             raise BusyError(f"{session.waiting} requests of this session are waiting: send the next after an answer")
         session.waiting += 1
@@ -190,17 +176,22 @@ class Engine:
                     raise UnknownSessionError(ENDED)
                 if self._sessions[session.id] is not session:
                     raise SessionMovedError(_ELSEWHERE)
-                if expected is not None and expected != session.steps + 1:
-                    if expected == session.steps > 0 and action == session.last_action:
-                        return session.steps, session.frame_HWC
+                taken = 0 if expected is None else session.steps + 1 - expected
+                if taken and not (0 < taken <= len(actions) and await self._took(session, actions[:taken])):
                     raise SessionMovedError(f"this is not step {expected} again, and step {session.steps + 1} is next")
-                waiting = _Step(session, action, asyncio.get_running_loop().create_future())
-                self._steps.append(waiting)
-                self._step_came.set()
-                frame_HWC = await waiting.done
-                return session.steps, frame_HWC
+                for action in actions[taken:]:
+                    waiting = _Step(session, action, asyncio.get_running_loop().create_future())
+                    self._steps.append(waiting)
+                    self._step_came.set()
+                    await waiting.done
+                return session.steps, session.frame_HWC
         finally:
             session.waiting -= 1
+
+    async def _took(self, session: Session, actions: list[int]) -> bool:
+        """Were these the session's last actions?"""
+        last = partial(self._keeper.actions, session, session.steps + 1 - len(actions), session.steps + 1)
+        return await self._run(last) == actions
 
     async def play(self) -> None:
         """Steps all that wait, pass after pass; runs until cancelled."""
@@ -229,11 +220,11 @@ class Engine:
                     if not step.done.done():
                         step.done.set_exception(SessionMovedError(_ELSEWHERE))
                     continue
-                step.session.frame_HWC, step.session.last_action = frame_HWC, step.action
+                step.session.frame_HWC = frame_HWC
                 step.session.steps += 1
                 step.session.last_used = time.monotonic()
                 if not step.done.done():  # its player may have gone
-                    step.done.set_result(frame_HWC)
+                    step.done.set_result(None)
 
     def _measured(self, batch: list[_Step], began: float, ended: float) -> None:
         metrics = self._metrics
@@ -297,10 +288,6 @@ class Engine:
         """The latent actions between the frames."""
         frames_BTHWC = torch.from_numpy(frames_THWC)[None]
         return (await self._run(partial(model.genie.infer_actions, frames_BTHWC)))[0].tolist()
-
-    def versions(self) -> list[ModelVersionInfo]:
-        """All that the source knows of. Raises ValueError when it cannot be asked."""
-        return self._source.versions()
 
     async def frames(self, session: Session, start: int, stop: int) -> Pixels:
         """Frames start..stop of the session's past, frame 0 being the prompt: uint8 (T, H, W, 3)."""

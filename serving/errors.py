@@ -30,6 +30,10 @@ class UnknownStartFrameError(ServiceError):
     status, code = 404, "unknown_start_frame"
 
 
+class UnknownVersionError(ServiceError):
+    status, code = 404, "unknown_version"
+
+
 class SessionMovedError(ServiceError):
     status, code = 409, "session_moved"
 
@@ -56,6 +60,10 @@ class PassFailedError(ServiceError):
 
 class NotReadyError(ServiceError):
     status, code, retry_after_seconds = 503, "not_ready", 5
+
+
+class TooManyVersionsError(ServiceError):
+    status, code, retry_after_seconds = 503, "too_many_versions", 30
 
 
 class TooManySessionsError(ServiceError):

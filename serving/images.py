@@ -1,18 +1,25 @@
-"""From an upload of any size to a frame of the model's, and from a frame to PNG."""
+"""From an upload of any size, or a sketch, to a frame of the model's; from frames to PNG, GIF and MP4."""
 
 from __future__ import annotations
 
 import base64
 import io
+import math
+from typing import Literal
 
+import av
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from serving.errors import BadRequestError, NotAnImageError, UploadTooLargeError
+from serving.schemas import Sketch
 
 Pixels = npt.NDArray[np.uint8]
+Animation = Literal["gif", "mp4"]
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_SMOOTH = 4
+_MP4_HEIGHT = 256  # at least
 
 
 def frame_from_upload(upload: bytes, height: int, width: int, max_pixels: int) -> Pixels:
@@ -37,6 +44,38 @@ def frame_from_upload(upload: bytes, height: int, width: int, max_pixels: int) -
         raise BadRequestError(f"this {image.format} file is damaged: save it anew and send that") from None
     fitted = ImageOps.fit(rgba, (width, height), Image.Resampling.LANCZOS)
     return np.asarray(Image.alpha_composite(Image.new("RGBA", fitted.size, "white"), fitted).convert("RGB"))
+
+
+def picture_in(data_url: str) -> bytes:
+    """The file that a data URL holds. Raises BadRequestError."""
+    head, comma, packed = data_url.partition(",")
+    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
+        raise BadRequestError("image_url must be a data URL: data:image/png;base64,... ; others are not fetched")
+    try:
+        return base64.b64decode(packed, validate=True)
+    except ValueError:
+        raise BadRequestError("the data URL is broken: what comes after its comma is not base64") from None
+
+
+def frame_from_sketch(sketch: Sketch, height: int, width: int) -> Pixels:
+    """The sketch as a frame: uint8 (height, width, 3); painted larger and shrunk, for smooth edges."""
+    size = width * _SMOOTH, height * _SMOOTH
+    image = Image.new("RGB", size)
+    draw = ImageDraw.Draw(image)
+    for y, row in enumerate(sketch.canvas):
+        top, bottom = (size[1] * edge // len(sketch.canvas) for edge in (y, y + 1))
+        for x, colour in enumerate(row):
+            left, right = (size[0] * edge // len(row) for edge in (x, x + 1))
+            if left < right and top < bottom:
+                draw.rectangle((left, top, right - 1, bottom - 1), fill=colour)
+    for stroke in sketch.strokes:
+        points = [(x * size[0], y * size[1]) for x, y in stroke.points]
+        radius = max(stroke.width * size[0] / 2, 1)
+        draw.line(points, fill=stroke.colour, width=round(2 * radius))
+        for across, down in points:  # round ends and corners
+            box = (across - radius, down - radius, across + radius, down + radius)
+            draw.ellipse(box, fill=stroke.colour)
+    return np.asarray(image.resize((width, height), Image.Resampling.BOX))
 
 
 def png(frame_HWC: Pixels) -> bytes:
@@ -64,11 +103,27 @@ def png_data_url(frame_HWC: Pixels) -> str:
     return "data:image/png;base64," + base64.b64encode(png(frame_HWC)).decode()
 
 
-def gif(frames_THWC: Pixels, frames_per_second: int) -> bytes:
-    """uint8 frames as a GIF that goes round for ever. Its clock ticks in hundredths of a second."""
-    first, *more = (Image.fromarray(frame_HWC) for frame_HWC in frames_THWC)
+def animation(frames_THWC: Pixels, kind: Animation, frames_per_second: int) -> bytes:
+    """uint8 frames as a GIF that goes round for ever (its clock ticks in hundredths of a second), or as an MP4 (H.264).
+
+    Small frames are enlarged in an MP4, whose colours are kept at half their resolution.
+    """
     buffer = io.BytesIO()
-    first.save(buffer, "GIF", save_all=True, append_images=more, duration=round(100 / frames_per_second) * 10, loop=0)
+    if kind == "gif":
+        first, *more = (Image.fromarray(frame_HWC) for frame_HWC in frames_THWC)
+        ticks = round(100 / frames_per_second) * 10
+        first.save(buffer, "GIF", save_all=True, append_images=more, duration=ticks, loop=0)
+        return buffer.getvalue()
+    height, width = frames_THWC.shape[1:3]
+    times = 2 * math.ceil(_MP4_HEIGHT / height / 2)  # even, as H.264 wants its sizes
+    with av.open(buffer, "w", "mp4") as film:
+        stream = film.add_stream("libx264", frames_per_second, options={"crf": "18", "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = width * times, height * times, "yuv420p"
+        stream.thread_count = 1  # what players need goes first
+        for frame_HWC in frames_THWC:
+            large_HWC = frame_HWC.repeat(times, 0).repeat(times, 1)
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(large_HWC, "rgb24")))
+        film.mux(stream.encode())
     return buffer.getvalue()
 
 

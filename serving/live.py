@@ -47,7 +47,7 @@ class Outbox:
 async def play(
     socket: WebSocket, session_id: str, picture: Annotated[PictureFormat, Query(alias="format")] = "png"
 ) -> None:
-    """Takes actions as JSON, {"action": 2} or with "step" as in POST step; the newest frame comes as a binary message.
+    """Takes actions as JSON, the body of POST step; the newest frame comes as a binary message.
 
     A frame is 4 bytes, little-endian: how long the JSON is that follows, {"step", "milliseconds", "version"}; then the
     picture. The first message is the frame where the session stands, so a player who connects again goes on from there.
@@ -81,7 +81,7 @@ async def answer(
     try:
         asked, began = StepRequest.model_validate_json(text), time.perf_counter()
         session = await engine.session(session_id)
-        steps, frame_HWC = await engine.step(session, asked.action, asked.step)
+        steps, frame_HWC = await engine.step(session, asked.taken, asked.step)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']}" for e in error.errors())
         return problem(BadRequestError.status, BadRequestError.code, wrong)

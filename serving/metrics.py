@@ -26,6 +26,10 @@ class Metrics:
         self.serving = Gauge(
             "genie_model_info", "1 for the version that new sessions play", ["name", "version"], registry=self.registry
         )
+        self.refused = Gauge(
+            "genie_model_refused", "1 while the alias's version is not the one served; /readyz says why",
+            registry=self.registry,
+        )  # fmt: skip
         self.reloads = Counter("genie_model_reloads", "Tries to load a version", ["result"], registry=self.registry)
         for result in ("loaded", "refused"):
             self.reloads.labels(result)

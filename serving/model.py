@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Protocol
 
 import fsspec
 import torch
 
-from genie_model.checkpoint import load_model
+from genie_model.checkpoint import CONFIG, WEIGHTS, load_model
 from genie_model.genie import Genie
 from serving.schemas import ModelInfo, ModelVersionInfo
 from serving.settings import Settings
@@ -38,8 +40,8 @@ class ModelSource(Protocol):
     def champion(self) -> ModelVersion:
         """Raises ValueError, saying what to do, when there is none."""
 
-    def version(self, number: str) -> ModelVersion:
-        """One that was served before. Raises ValueError when it is not to be had any more."""
+    def version(self, asked: str) -> ModelVersion:
+        """Of that number or alias. Raises LookupError when there is none, ValueError when it is not to be had."""
 
     def versions(self) -> list[ModelVersionInfo]:
         """All there are, the newest first. Raises ValueError when they cannot be asked for."""
@@ -55,18 +57,24 @@ class FolderVersion:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Always the model in one folder."""
+    """Always the model in one folder. What it holds when it is first looked at is its version."""
 
     uri: str
 
     def champion(self) -> ModelVersion:
-        return FolderVersion(PurePosixPath(self.uri.rstrip("/")).name, "folder", "", self.uri)
+        return self._found
 
-    def version(self, number: str) -> ModelVersion:
-        return self.champion()
+    def version(self, asked: str) -> ModelVersion:
+        if asked != self._found.version:
+            raise LookupError(f"there is no version {asked!r}: this service has one model, {self._found.version}")
+        return self._found
 
     def versions(self) -> list[ModelVersionInfo]:
-        return [ModelVersionInfo(version="folder", run_id="", aliases=[], metrics={})]
+        return [ModelVersionInfo(version=self._found.version, run_id="", aliases=[], metrics={})]
+
+    @cached_property
+    def _found(self) -> FolderVersion:
+        return FolderVersion(PurePosixPath(self.uri.rstrip("/")).name, folder_digest(self.uri), "", self.uri)
 
 
 @dataclass(frozen=True)
@@ -82,10 +90,14 @@ class RegistrySource:
 
         return tracking.champion(self.model_name, self.alias, self.tracking_uri or "")
 
-    def version(self, number: str) -> ModelVersion:
+    def version(self, asked: str) -> ModelVersion:
         from genie_model import tracking
 
-        return tracking.numbered(number, self.model_name, self.tracking_uri or "")
+        if asked.isdecimal() and len(asked) > 9:
+            raise LookupError(f"there is no version {asked}")
+        if asked.isdecimal():
+            return tracking.numbered(asked, self.model_name, self.tracking_uri or "")
+        return tracking.champion(self.model_name, asked, self.tracking_uri or "")
 
     def versions(self) -> list[ModelVersionInfo]:
         from genie_model import tracking
@@ -119,6 +131,20 @@ class LoadedModel:
 def identity(version: ModelVersion | ModelInfo) -> tuple[str, str, str]:
     """What tells one version from all others."""
     return version.name, version.version, version.run_id
+
+
+def folder_digest(uri: str) -> str:
+    """Of the weights and the config in a folder: what it holds, in eight letters. Raises ValueError without them."""
+    digest = hashlib.sha256()
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    try:
+        for name in (CONFIG, WEIGHTS):
+            with filesystem.open(f"{path.rstrip('/')}/{name}", "rb") as file:
+                while block := file.read(2**22):
+                    digest.update(block)
+    except FileNotFoundError:
+        raise ValueError(f"no model at {uri} (no {name} there): train one first, or check the URI") from None
+    return digest.hexdigest()[:8]
 
 
 def load(version: ModelVersion) -> LoadedModel:

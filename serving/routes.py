@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, Response, UploadFile
 from fastapi.responses import PlainTextResponse
+from pydantic import Json
 from starlette.concurrency import run_in_threadpool
 
 from genie_model.config import SamplingConfig
+from serving import images
 from serving.engine import Engine
-from serving.errors import BadRequestError, NotReadyError, UnknownStartFrameError
-from serving.images import Pixels, frame_from_upload, gif, png, png_data_url
+from serving.errors import BadRequestError, UnknownStartFrameError
+from serving.images import Animation, Pixels, frame_from_sketch, frame_from_upload, picture_in, png, png_data_url
 from serving.metrics import Metrics
 from serving.model import LoadedModel
 from serving.schemas import (
@@ -27,6 +29,7 @@ from serving.schemas import (
     Problem,
     Ready,
     SessionInfo,
+    Sketch,
     StartFrame,
     Starts,
     StepRequest,
@@ -55,7 +58,8 @@ _PROBLEM: dict[str, Any] = {
 health = APIRouter(tags=["health"])
 v1 = APIRouter(prefix="/v1", tags=["play"], responses={"default": _PROBLEM})
 
-_GIF = {200: {"content": {"image/gif": {}}, "description": "the animation"}}
+_MEDIA_TYPES: dict[Animation, str] = {"gif": "image/gif", "mp4": "video/mp4"}
+_ANIMATION = {200: {"content": {kind: {} for kind in _MEDIA_TYPES.values()}, "description": "the animation"}}
 _PNG = {200: {"content": {"image/png": {}}, "description": "the frame; X-Steps says which"}}
 
 
@@ -75,7 +79,7 @@ async def healthz() -> dict[str, str]:
 @health.get("/readyz", responses={503: _PROBLEM})
 async def readyz(engine: EngineDep) -> Ready:
     """A model is loaded and warm: players can be sent here."""
-    return Ready(model=engine.model.info, sessions=engine.num_sessions)
+    return Ready(model=engine.model.info, sessions=engine.num_sessions, problem=engine.models.problem)
 
 
 @health.get("/metrics", response_class=PlainTextResponse)
@@ -116,27 +120,50 @@ class Prompt:
     sampling: SamplingConfig
 
 
+async def get_model(
+    engine: EngineDep,
+    version: Annotated[
+        str | None,
+        Form(
+            pattern=r"^[\w.-]{1,64}$", description="its number or an alias; by default what is served", examples=["3"]
+        ),
+    ] = None,
+) -> LoadedModel:
+    return await engine.version(version)
+
+
+ModelDep = Annotated[LoadedModel, Depends(get_model)]
+
+
 async def get_prompt(
     engine: EngineDep,
     settings: SettingsDep,
+    model: ModelDep,
     image: Annotated[
         UploadFile | None, File(description="a picture of any size: its middle is taken, in the aspect of a frame")
     ] = None,
-    start_frame: Annotated[str | None, Form(description="the name of a built-in start frame")] = None,
+    image_url: Annotated[str | None, Form(description="the same as a data URL, data:image/png;base64,...")] = None,
+    start_frame: Annotated[str | None, Form(description="the name of a built-in start frame", examples=["00"])] = None,
+    sketch: Annotated[Json[Sketch] | None, Form(description="a drawing or a canvas of colours, as JSON")] = None,
     seed: Annotated[int | None, Form(ge=0, lt=2**31, description="the same seed dreams the same world")] = None,
     temperature: Annotated[
         float | None, Form(ge=0, le=10, allow_inf_nan=False, description="of the tokens' distribution")
     ] = None,
     maskgit_steps: Annotated[int | None, Form(ge=1, description="MaskGIT steps a frame, up to a limit")] = None,
 ) -> Prompt:
-    model = engine.model
-    if (image is None) == (start_frame is None):
-        raise BadRequestError("send either an image or the name of a start_frame")
+    if sum(prompt is not None for prompt in (image, image_url, start_frame, sketch)) != 1:
+        raise BadRequestError("send one of image, image_url, sketch, or the name of a start_frame")
     if maskgit_steps is not None and maskgit_steps > settings.max_maskgit_steps:
         raise BadRequestError(f"maskgit_steps must be from 1 to {settings.max_maskgit_steps}, not {maskgit_steps}")
     asked = {"temperature": temperature, "maskgit_steps": maskgit_steps}
     sampling = model.genie.config.sampling.model_copy(update={k: v for k, v in asked.items() if v is not None})
-    picture = await image.read() if image else _start_frame(model, start_frame or "")
+    if sketch is not None:
+        size = model.info.frame_height, model.info.frame_width
+        return Prompt(model, await run_in_threadpool(frame_from_sketch, sketch, *size), seed, sampling)
+    if start_frame is not None:
+        picture = _start_frame(model, start_frame)
+    else:
+        picture = await image.read() if image else picture_in(image_url or "")
     return Prompt(model, await _fitted(engine, settings, model, picture), seed, sampling)
 
 
@@ -145,33 +172,34 @@ PromptDep = Annotated[Prompt, Depends(get_prompt)]
 
 @v1.post("/sessions", status_code=201)
 async def create_session(engine: EngineDep, prompt: PromptDep) -> SessionInfo:
-    """A new world, from an uploaded image or a built-in start frame."""
+    """A new world, from a picture, a sketch or a built-in start frame."""
     return (await engine.create(prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling)).info()
 
 
-@v1.post("/rollouts", response_class=Response, responses=_GIF)  # type: ignore[arg-type]
+@v1.post("/rollouts", response_class=Response, responses=_ANIMATION)  # type: ignore[arg-type]
 async def rollout(
     engine: EngineDep,
     prompt: PromptDep,
     actions: Annotated[str, Form(description="to take one after another, from 0", examples=["0,0,0,3,3,1"])],
     frames_per_second: Annotated[int, Form(ge=1, le=50)] = 10,
+    kind: Annotated[Animation, Form(alias="format")] = "gif",
 ) -> Response:
     """The frames that a list of actions leads to, the prompt first, as an animation. No session is kept."""
     if not re.fullmatch(r"\d{1,4}(,\d{1,4}){0,499}", actions):
         raise BadRequestError("actions must be 1 to 500 whole numbers with commas between them, as in 0,0,3")
     taken = [int(action) for action in actions.split(",")]
     frames_THWC = await engine.rollout(prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling, taken)
-    return Response(await run_in_threadpool(gif, frames_THWC, frames_per_second), media_type="image/gif")
+    return await _animation(frames_THWC, kind, frames_per_second)
 
 
 @v1.post("/actions/infer")
 async def infer_actions(
     engine: EngineDep,
     settings: SettingsDep,
+    model: ModelDep,
     frames: Annotated[list[UploadFile], File(description="two or more successive frames, in order")],
 ) -> InferredActions:
     """The latent actions that the model sees between the frames of a video."""
-    model = engine.model
     most = model.genie.config.data.clip_length
     if not 2 <= len(frames) <= most:
         raise BadRequestError(f"send 2 to {most} frames, not {len(frames)}")
@@ -182,10 +210,7 @@ async def infer_actions(
 @v1.get("/models")
 async def models(engine: EngineDep) -> list[ModelVersionInfo]:
     """Every registered version, the newest first, with its aliases and its held-out metrics."""
-    try:
-        return await run_in_threadpool(engine.versions)
-    except ValueError as error:
-        raise NotReadyError(str(error)) from None
+    return await engine.versions()
 
 
 @v1.get("/sessions/{session_id}")
@@ -201,9 +226,9 @@ async def frame(session: SessionDep) -> Response:
 
 @v1.post("/sessions/{session_id}/step", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
 async def step(body: StepRequest, session: SessionDep, engine: EngineDep) -> Response:
-    """Takes one action and answers with the next frame as PNG."""
+    """Takes one action, or several, and answers with the frame they lead to as PNG."""
     began = time.perf_counter()
-    steps, frame_HWC = await engine.step(session, body.action, body.step)
+    steps, frame_HWC = await engine.step(session, body.taken, body.step)
     milliseconds = (time.perf_counter() - began) * 1000
     return _frame_response(steps, frame_HWC, **{"Server-Timing": f"step;dur={milliseconds:.1f}"})
 
@@ -225,17 +250,17 @@ async def past_frame(session: SessionDep, engine: EngineDep, t: Annotated[int, P
     return _frame_response(t, (await engine.frames(session, t, t + 1))[0])
 
 
-@v1.get("/sessions/{session_id}/animation.gif", response_class=Response, responses=_GIF)  # type: ignore[arg-type]
+@v1.get("/sessions/{session_id}/animation.{kind}", response_class=Response, responses=_ANIMATION)  # type: ignore[arg-type]
 async def animation(
     session: SessionDep,
     engine: EngineDep,
+    kind: Animation,
     frames_per_second: Annotated[int, Query(ge=1, le=50)] = 10,
     last: Annotated[int, Query(ge=1, le=1000, description="at most so many frames, the newest")] = 300,
 ) -> Response:
     """The session as an animation."""
     frames_THWC = await engine.frames(session, max(session.steps + 1 - last, 0), session.steps + 1)
-    packed = await run_in_threadpool(gif, frames_THWC, frames_per_second)
-    return Response(packed, media_type="image/gif", headers={"Cache-Control": "no-store"})
+    return await _animation(frames_THWC, kind, frames_per_second)
 
 
 @v1.post("/sessions/{session_id}/branch", status_code=201)
@@ -248,6 +273,11 @@ async def branch(body: BranchRequest, session: SessionDep, engine: EngineDep) ->
 async def delete_session(session_id: str, engine: EngineDep) -> None:
     """Ends a session."""
     await engine.delete(session_id)
+
+
+async def _animation(frames_THWC: Pixels, kind: Animation, frames_per_second: int) -> Response:
+    packed = await run_in_threadpool(images.animation, frames_THWC, kind, frames_per_second)
+    return Response(packed, media_type=_MEDIA_TYPES[kind], headers={"Cache-Control": "no-store"})
 
 
 async def _fitted(engine: Engine, settings: Settings, model: LoadedModel, picture: bytes) -> Pixels:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from typing import Annotated
+
+from pydantic import BaseModel, Field, model_validator
 
 
 class ModelInfo(BaseModel):
@@ -42,15 +44,53 @@ class SessionInfo(BaseModel):
 
 
 class StepRequest(BaseModel):
-    """The action to take, checked against the session's own model."""
+    """The action to take, or several, checked against the session's own model."""
 
-    action: int = Field(description="0 .. num_actions - 1", examples=[2])
+    action: int | None = Field(None, description="0 .. num_actions - 1", examples=[2])
+    actions: list[int] | None = Field(None, min_length=1, max_length=64, description="to take one after another")
     step: int | None = Field(
         None,
         ge=1,
-        description="the number that this step is to get: sent again after a lost answer, it is not taken twice",
+        description="the number that the (first) step is to get: sent again after a lost answer, none is taken twice",
         examples=[1],
     )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> StepRequest:
+        if (self.action is None) == (self.actions is None):
+            raise ValueError("send either an action or a list of actions")
+        return self
+
+    @property
+    def taken(self) -> list[int]:
+        return self.actions or [self.action or 0]
+
+
+Colour = Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$", description="as in #87ceeb", examples=["#87ceeb"])]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Stroke(BaseModel):
+    """A line through some points, or a dot at one, with round ends."""
+
+    colour: Colour = "#000000"
+    width: Share = Field(0.05, description="as a share of the frame's width")
+    points: list[tuple[Share, Share]] = Field(
+        min_length=1, max_length=2000, description="(x, y) as shares of the frame's width and height, from the top left"
+    )
+
+
+class Sketch(BaseModel):
+    """A drawn prompt: a canvas of colours, and strokes upon it."""
+
+    canvas: list[Annotated[list[Colour], Field(min_length=1, max_length=64)]] = Field(
+        [["#ffffff"]],
+        min_length=1,
+        max_length=64,
+        description="rows of colours that fill the frame, from the top; one colour alone fills it all",
+        examples=[[["#87ceeb"], ["#87ceeb"], ["#8b5a2b"]]],
+    )
+    strokes: list[Stroke] = Field([], max_length=500)
 
 
 class BranchRequest(BaseModel):
@@ -88,6 +128,7 @@ class Ready(BaseModel):
 
     model: ModelInfo
     sessions: int
+    problem: str = Field(description="why the alias's newest version is not the one served; else empty")
 
 
 class Problem(BaseModel):

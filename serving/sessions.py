@@ -6,7 +6,6 @@ import asyncio
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -14,9 +13,9 @@ import torch
 from genie_model.config import SamplingConfig
 from genie_model.genie import NO_ACTION, PlayState
 from serving import worlds
-from serving.errors import NotReadyError, UnknownSessionError
+from serving.errors import UnknownSessionError
 from serving.images import Pixels, frame_from_png, png
-from serving.model import FolderVersion, LoadedModel, ModelSource, identity, load
+from serving.model import LoadedModel
 from serving.schemas import SessionInfo
 from serving.store import Frame, SessionRecord, SessionStore
 from serving.worlds import World
@@ -37,7 +36,6 @@ class Session:
     world: World | None = None  # None: parked, its frames are in the store
     last_used: float = field(default_factory=time.monotonic)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    last_action: int = NO_ACTION  # that led to `frame_HWC`
     previewing: asyncio.Lock = field(default_factory=asyncio.Lock)
     previews_waiting: int = 0
     waiting: int = 0  # requests that wait for the lock, or have it
@@ -56,10 +54,8 @@ class Session:
 class Keeper:
     """What is done to sessions in the one worker thread: everything that touches torch or the store."""
 
-    def __init__(self, store: SessionStore, source: ModelSource) -> None:
+    def __init__(self, store: SessionStore) -> None:
         self.store = store
-        self.models = WeakValueDictionary[tuple[str, str, str], LoadedModel]()  # in memory, by identity
-        self._source = source
 
     def begin(self, session: Session) -> None:
         """Starts its world at its frame."""
@@ -122,53 +118,36 @@ class Keeper:
         frames_THWC = genie.pictures(torch.from_numpy(np.stack([f.codes_NC for f in kept]).astype(np.int64))[None])[0]
         frames = frames_THWC.numpy()[start - kept[0].t :]
         if start == 0:
-            record = self.store.record(session.id)
-            if record:
-                frames[0] = frame_from_png(record.prompt)
+            frames[0] = frame_from_png(self.record(session.id).prompt)
         return frames
 
     def branch(self, session: Session, t: int, new_id: str) -> Session:
         """A new session with this one's frames 0..t. Raises UnknownSessionError."""
-        kept = self._kept(session, 0, t + 1)
-        record = self.store.record(session.id)
-        if record is None:
-            raise UnknownSessionError(ENDED)
+        kept, record = self._kept(session, 0, t + 1), self.record(session.id)
         branch = Session(new_id, session.model, session.seed, session.sampling, session.frame_HWC, steps=t)
-        branch.last_action = kept[-1].action
         branch.frame_HWC = self.past_frames(session, t, t + 1)[0]
         copies = [Frame(new_id, frame.t, frame.action, frame.codes_NC) for frame in kept]
         self.store.create(self._record(branch, record.prompt), copies)
         return branch
 
-    def reopen(self, session_id: str) -> Session:
-        """One that a process left in the store. Raises UnknownSessionError, NotReadyError without its model."""
+    def record(self, session_id: str) -> SessionRecord:
+        """What a process left in the store. Raises UnknownSessionError."""
         record = self.store.record(session_id)
         if record is None:
             raise UnknownSessionError(ENDED)
-        version = FolderVersion(record.name, record.version, record.run_id, record.folder)
-        model = self.models.get(identity(version)) or self._load_again(version)
-        self.models[model.identity] = model
+        return record
+
+    def reopen(self, record: SessionRecord, model: LoadedModel) -> Session:
+        """The session of a record. Raises UnknownSessionError where it ended meanwhile."""
         sampling = SamplingConfig.model_validate_json(record.sampling)
-        steps = self.store.length(session_id) - 1
+        steps = self.store.length(record.id) - 1
         session = Session(record.id, model, record.seed, sampling, frame_from_png(record.prompt), steps=steps)
         session.frame_HWC = self.past_frames(session, steps, steps + 1)[0]
-        session.last_action = self._kept(session, steps, steps + 1)[0].action
         return session
 
-    def _load_again(self, version: FolderVersion) -> LoadedModel:
-        """From the folder where a process had it, or where that was another machine's, from the source."""
-        try:
-            return load(version)
-        except ValueError:
-            try:
-                model = load(self._source.version(version.version))
-            except ValueError as error:
-                raise NotReadyError(f"this session's model is not to be had: {error}") from None
-            if not model.is_of(version):
-                raise NotReadyError(
-                    f"this session's model, {version.name} {version.version}, is not served here"
-                ) from None
-            return model
+    def actions(self, session: Session, start: int, stop: int) -> list[int]:
+        """Those that led to frames start..stop."""
+        return [frame.action for frame in self._kept(session, start, stop)]
 
     def _kept(self, session: Session, start: int, stop: int) -> list[Frame]:
         tokenizer = session.model.genie.tokenizer

@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     max_batch: int = Field(8, ge=1, description="sessions that step in one pass of the model")
     max_waiting: int = Field(8, ge=1, description="requests of one session that may wait for their turn")
     max_maskgit_steps: int = Field(25, ge=1, description="most MaskGIT steps a frame that a session may ask for")
+    max_models: int = Field(3, ge=1, description="versions in memory at once; others wait until one is played no more")
     max_sessions: int = Field(16, ge=1, description="sessions open at once")
     idle_seconds: float = Field(900.0, gt=0, description="a session that nobody steps for this long ends")
     max_upload_bytes: int = Field(10 * 2**20, ge=1024, description="largest upload")

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.model import FolderVersion
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, version TEXT NOT NULL, run_id TEXT NOT NULL, folder TEXT NOT NULL,
@@ -36,6 +38,10 @@ class SessionRecord:
     seed: int
     sampling: str
     prompt: bytes
+
+    @property
+    def model(self) -> FolderVersion:
+        return FolderVersion(self.name, self.version, self.run_id, self.folder)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,10 @@ class ModelVersion:
     folder: str
 
 
+class UnknownVersionError(ValueError, LookupError):
+    """There is no such version; where MLflow cannot be asked, or a version not be had, a plain ValueError says so."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """What became of a candidate, and why in one line."""
@@ -175,7 +179,8 @@ def champion(
 
     The cache is GENIE_CACHE_DIR/models unless given, by default ~/.cache/genie/models.
 
-    Raises ValueError, one line that says what to do, when the server, the model or the alias is missing.
+    Raises ValueError, one line that says what to do, when the server is missing, UnknownVersionError when the model or
+    the alias is.
     """
     try:
         client = connect(tracking_uri)
@@ -183,7 +188,7 @@ def champion(
     except MlflowException as error:
         raise ValueError(f"MLflow cannot be asked for the model: {' '.join(str(error).split())[:300]}") from None
     if version is None:
-        raise ValueError(
+        raise UnknownVersionError(
             f"no version of model {model_name!r} has the alias {alias!r}: run the pipeline (`make demo`), "
             f"or set the alias in MLflow's Models page at {client.tracking_uri}"
         )
@@ -193,11 +198,13 @@ def champion(
 def numbered(
     version: str, model_name: str = "genie", tracking_uri: str = "", cache_dir: str | None = None
 ) -> ModelVersion:
-    """The version of that number, as `champion` brings it. Raises ValueError when it is not to be had."""
+    """The version of that number, as `champion` brings it. Raises as that does."""
     try:
         client = connect(tracking_uri)
         return _local(client, model_name, client.get_model_version(model_name, version), cache_dir)
     except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise UnknownVersionError(f"there is no version {version} of model {model_name!r}") from None
         raise ValueError(f"MLflow has no version {version} for us: {' '.join(str(error).split())[:300]}") from None
 
 
@@ -212,7 +219,7 @@ def versions(model_name: str = "genie", tracking_uri: str = "") -> list[dict[str
         named: dict[str, list[str]] = {}
         for alias, version in (registered[0].aliases if registered else {}).items():
             named.setdefault(str(version), []).append(alias)
-        found = client.search_model_versions(f"name = '{model_name}'", max_results=100)
+        found = client.search_model_versions(f"name = '{model_name}'", max_results=10_000)
         return [
             {
                 "version": str(version.version),

@@ -48,7 +48,7 @@ def serve(registry: Registry) -> Iterator[Callable[..., TestClient]]:
         settings = Settings(**{"poll_seconds": 0.05, **overrides})
         app = create_app(settings, registry)
         if not settings.wait:
-            app.state.engine.refresh()
+            app.state.engine.models.refresh()
         clients.append(TestClient(app).__enter__())
         return clients[-1]
 

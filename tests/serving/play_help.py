@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,27 +31,46 @@ def pixels(png: bytes) -> np.ndarray:
 class Registry:
     """A model source whose alias a test moves by hand."""
 
-    current: FolderVersion | None = None
     known: dict[str, FolderVersion] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def champion(self) -> FolderVersion:
-        if self.current is None:
+        if "champion" not in self.aliases:
             raise ValueError("no champion yet: run the pipeline")
-        return self.current
+        return self.known[self.aliases["champion"]]
 
-    def version(self, number: str) -> FolderVersion:
+    def version(self, asked: str) -> FolderVersion:
+        number = self.aliases.get(asked, asked)
+        if number not in self.known:
+            raise LookupError(f"there is no version {asked}")
         return self.known[number]
 
     def versions(self) -> list[ModelVersionInfo]:
         if not self.known:
             raise ValueError("the registry does not answer")
         return [
-            ModelVersionInfo(version=one.version, run_id=one.run_id, aliases=[], metrics={"psnr": 20.0})
+            ModelVersionInfo(
+                version=one.version,
+                run_id=one.run_id,
+                aliases=[alias for alias, number in self.aliases.items() if number == one.version],
+                metrics={"psnr": 20.0},
+            )
             for one in reversed(self.known.values())
         ]
 
+    def of(self, version: str, folder: Path) -> FolderVersion:
+        return FolderVersion("genie", version, f"run-of-{version}", str(folder))
+
     def set_alias(self, version: str, folder: Path) -> None:
-        self.current = self.known[version] = FolderVersion("genie", version, f"run-of-{version}", str(folder))
+        self.known[version] = self.of(version, folder)
+        self.aliases["champion"] = version
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def create(client: TestClient, start_frame: str = "00", **form: object) -> str:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
 from httpx import Response
 from PIL import Image
-from play_help import Registry, assert_error, create, picture, pixels, play, step
+from play_help import assert_error, create, eventually, picture, pixels, play, step
 
 from genie_model.checkpoint import load_model
 from serving.images import frame_from_upload
@@ -26,13 +28,6 @@ Serve = Callable[..., TestClient]
 
 def upload(client: TestClient, image: bytes) -> Response:
     return client.post("/v1/sessions", files={"image": ("image", image)})
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # ---- playing
@@ -64,6 +59,26 @@ def test_start_frames_are_listed_with_their_pictures(serve: Serve, start_frames:
     assert [frame["name"] for frame in listed] == ["00", "01", "02", "03"]
     for frame in listed:
         np.testing.assert_array_equal(pixels(client.get(frame["url"]).content), start_frames[frame["name"]])
+
+
+def test_a_list_of_actions_is_taken_in_one_request(serve: Serve) -> None:
+    client, actions = serve(), [0, 1, 2, 3, 3]
+    one_by_one = play(client, actions, seed=7)
+    session = create(client, seed=7)
+    here = f"/v1/sessions/{session}/step"
+    answer = client.post(here, json={"actions": actions[:3], "step": 1})
+    assert (answer.headers["x-steps"], answer.content) == ("3", one_by_one[2])
+    again = client.post(here, json={"actions": actions[:3], "step": 1})
+    assert (again.headers["x-steps"], again.content) == ("3", one_by_one[2]), "sent again, nothing is taken twice"
+    rest = client.post(here, json={"actions": actions[1:], "step": 2})
+    assert (rest.headers["x-steps"], rest.content) == ("5", one_by_one[4]), "the part that was not taken yet is"
+    for taken, at in (([0, 0], 4), ([3], 4), ([3], 7), ([0, 1, 2, 3, 0, 0], 1)):
+        asked = client.post(here, json={"actions": taken, "step": at})
+        assert_error(asked, 409, "session_moved", "step 6 is next")
+    for wrong in ([], [0] * 65, [0, 4], "01"):
+        assert_error(client.post(here, json={"actions": wrong}), 422, "invalid_request", "actions")
+    assert_error(client.post(here, json={"actions": [0], "action": 0}), 422, "invalid_request", "either")
+    assert client.get(f"/v1/sessions/{session}").json()["steps"] == 5
 
 
 def test_the_seed_decides_the_world(serve: Serve) -> None:
@@ -166,6 +181,68 @@ def test_only_two_uploads_are_decoded_at_once(serve: Serve, monkeypatch: pytest.
     assert most == 2
 
 
+# ---- other prompts
+
+
+def first_frame(client: TestClient, **form: object) -> np.ndarray:
+    created = client.post("/v1/sessions", data=form)
+    assert created.status_code == 201, created.text
+    return pixels(client.get(f"/v1/sessions/{created.json()['id']}/frame").content)
+
+
+def test_a_data_url_is_a_prompt(serve: Serve, start_frames: dict[str, np.ndarray]) -> None:
+    client = serve()
+    url = "data:image/png;base64," + base64.b64encode(picture(start_frames["02"])).decode()
+    np.testing.assert_array_equal(first_frame(client, image_url=url), start_frames["02"])
+    for wrong in ("http://example.com/a.png", "data:image/png;base64,@@", "data:text/plain,hello"):
+        assert_error(client.post("/v1/sessions", data={"image_url": wrong}), 422, "invalid_request", "data URL")
+    text = "data:image/png;base64," + base64.b64encode(b"hello").decode()
+    assert_error(client.post("/v1/sessions", data={"image_url": text}), 415, "not_an_image")
+
+
+def test_colours_and_strokes_are_a_prompt(serve: Serve) -> None:
+    client = serve()
+    canvas = [["#0000ff"], ["#00ff00", "#ff0000"]]
+    stroke = {"colour": "#ffffff", "width": 0.1, "points": [[0.1, 0.25], [0.9, 0.25]]}
+    frame_HWC = first_frame(client, sketch=json.dumps({"canvas": canvas, "strokes": [stroke]}))
+    for (y, x), colour in {
+        (4, 32): (0, 0, 255),
+        (60, 4): (0, 255, 0),
+        (60, 60): (255, 0, 0),
+        (16, 32): (255, 255, 255),
+        (16, 2): (0, 0, 255),
+    }.items():
+        assert tuple(frame_HWC[y, x]) == colour, (y, x)
+    assert np.all(first_frame(client, sketch="{}") == 255), "an empty canvas is white"
+    for wrong, word in (
+        ("{", "sketch"),
+        ('{"canvas": []}', "canvas"),
+        ('{"canvas": [["red"]]}', "canvas"),
+        ('{"strokes": [{"points": [[2, 0]]}]}', "points"),
+        ('{"strokes": [{"points": []}]}', "points"),
+    ):
+        assert_error(client.post("/v1/sessions", data={"sketch": wrong}), 422, "invalid_request", word)
+
+
+def test_films_are_h264_and_show_what_was_seen(serve: Serve) -> None:
+    client = serve()
+    session = create(client, seed=3)
+    seen = [pixels(step(client, session, action).content).astype(int) for action in (1, 2, 0)]
+    answer = client.get(f"/v1/sessions/{session}/animation.mp4?frames_per_second=5")
+    assert answer.headers["content-type"] == "video/mp4"
+    form = {"start_frame": "00", "seed": 3, "actions": "1,2,0", "format": "mp4", "frames_per_second": 5}
+    for film in (answer.content, client.post("/v1/rollouts", data=form).content):
+        with av.open(io.BytesIO(film)) as opened:
+            stream = opened.streams.video[0]
+            assert (stream.codec_context.name, stream.average_rate) == ("h264", 5)
+            frames = [frame.to_ndarray(format="rgb24") for frame in opened.decode(stream)]
+        assert [frame_HWC.shape for frame_HWC in frames] == [(256, 256, 3)] * 4
+        for large_HWC, expected in zip(frames[1:], seen, strict=True):
+            small_HWC = large_HWC.reshape(64, 4, 64, 4, 3).mean((1, 3))
+            assert np.abs(small_HWC - expected).mean() < 12
+    assert_error(client.get(f"/v1/sessions/{session}/animation.avi"), 422, "invalid_request", "gif")
+
+
 # ---- without a session
 
 
@@ -195,16 +272,6 @@ def test_actions_are_inferred_from_frames(serve: Serve, model_folder: Path) -> N
     assert_error(client.post("/v1/actions/infer", files=files[:1]), 422, "invalid_request", "2 to 8 frames")
     assert_error(client.post("/v1/actions/infer", files=files * 2), 422, "invalid_request", "2 to 8 frames")
     assert_error(client.post("/v1/actions/infer", files=[files[0], ("frames", ("x", b"x"))]), 415, "not_an_image")
-
-
-def test_versions_are_listed(serve: Serve, registry: Registry, model_folder: Path) -> None:
-    client = serve()
-    registry.set_alias("2", model_folder)
-    listed = client.get("/v1/models").json()
-    assert [one["version"] for one in listed] == ["2", "1"]
-    assert listed[0] == {"version": "2", "run_id": "run-of-2", "aliases": [], "metrics": {"psnr": 20.0}}
-    registry.known.clear()
-    assert_error(client.get("/v1/models"), 503, "not_ready", "does not answer")
 
 
 # ---- other bad requests
@@ -242,42 +309,3 @@ def test_an_idle_session_ends(serve: Serve) -> None:
     client = serve(idle_seconds=0.3)
     session = create(client)
     eventually(lambda: client.get(f"/v1/sessions/{session}").status_code == 404)
-
-
-# ---- following the champion
-
-
-def test_ready_only_once_a_model_is_loaded(serve: Serve, registry: Registry, model_folder: Path) -> None:
-    registry.current = None
-    client = serve(wait=True)
-    assert client.get("/healthz").status_code == 200
-    eventually(lambda: "run the pipeline" in client.get("/readyz").text)
-    assert_error(client.get("/readyz"), 503, "not_ready")
-    assert_error(client.post("/v1/sessions", data={"start_frame": "00"}), 503, "not_ready")
-    registry.set_alias("1", model_folder)
-    eventually(lambda: client.get("/readyz").status_code == 200)
-    assert client.get("/readyz").json()["model"]["version"] == "1"
-
-
-def test_new_sessions_follow_the_alias_and_open_ones_keep_their_version(
-    serve: Serve, registry: Registry, model_folder: Path
-) -> None:
-    client = serve()
-    undisturbed = play(client, [0, 1], seed=1)
-    old = create(client, seed=1)
-    assert step(client, old, 0).content == undisturbed[0]
-    registry.set_alias("2", model_folder)
-    eventually(lambda: client.get("/v1/model").json()["version"] == "2")
-    assert client.get(f"/v1/sessions/{create(client)}").json()["model"]["version"] == "2"
-    assert client.get(f"/v1/sessions/{old}").json()["model"]["version"] == "1"
-    assert step(client, old, 1).content == undisturbed[1]
-
-
-def test_a_version_that_does_not_load_is_refused(
-    serve: Serve, registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    client = serve()
-    registry.set_alias("2", tmp_path)  # an empty folder
-    eventually(lambda: "no new model" in caplog.text)
-    assert client.get("/readyz").json()["model"]["version"] == "1"
-    create(client)

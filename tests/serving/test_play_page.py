@@ -70,7 +70,7 @@ def serving(model_folder: Path, port: int = 0, **settings: Any) -> Iterator[tupl
     registry = Registry()
     registry.set_alias("3", model_folder)
     app = create_app(Settings(**settings), registry)
-    app.state.engine.refresh()
+    app.state.engine.models.refresh()
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     with bind("127.0.0.1", port) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
