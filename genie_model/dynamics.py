@@ -97,7 +97,15 @@ class DynamicsModel(nn.Module):
         commit: bool = False,
     ) -> Tensor:
         """Codes, `mask_token` where unknown, and the latents of the actions that led to each frame -> (B, T, N, D)."""
-        tokens_BTND = self.token_in(codes_BTNC + self.slot_C).sum(-2) + self.position
+        hidden_BTND: Tensor = self.transformer(self._tokens(codes_BTNC, actions_BTL, codebook_VL), cache, commit)
+        return hidden_BTND[:, :, -self.position.shape[0] :]
+
+    def remember(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor, cache: TemporalCache) -> None:
+        """Frames become past: what `hidden` with `commit` does to the cache, without what else it computes."""
+        self.transformer.remember(self._tokens(codes_BTNC, actions_BTL, codebook_VL), cache)
+
+    def _tokens(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor) -> Tensor:
+        tokens_BTND: Tensor = self.token_in(codes_BTNC + self.slot_C).sum(-2) + self.position
         if self.config.code_vectors:
             vectors_BTNCL = F.embedding(codes_BTNC, F.pad(codebook_VL, (0, 0, 0, 1)))  # zero where masked
             tokens_BTND = tokens_BTND + self.vectors_in(vectors_BTNCL.flatten(-2))
@@ -105,11 +113,9 @@ class DynamicsModel(nn.Module):
         tokens_BTND, action_BT1D = tokens_BTND.to(action_BTD.dtype), action_BTD[:, :, None]
         if self.config.action == "token":
             front_BT1D = action_BT1D + self.action_position.to(action_BTD.dtype)
-            tokens_BTND = torch.cat([front_BT1D, tokens_BTND], 2)
-        else:
-            tokens_BTND = tokens_BTND + action_BT1D
-        hidden_BTND: Tensor = self.transformer(tokens_BTND, cache, commit)
-        return hidden_BTND[:, :, -self.position.shape[0] :]
+            return torch.cat([front_BT1D, tokens_BTND], 2)
+        tokens_BTND = tokens_BTND + action_BT1D
+        return tokens_BTND
 
     def _corrupt(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor) -> Tensor:
         """Some known tokens become wrong ones, so that errors in play's past are nothing new (Valevski et al., 2024).
@@ -137,7 +143,7 @@ class DynamicsModel(nn.Module):
         masked_BTNC = flat_FNC.index_fill(0, dreamt_F, self.mask_token).view_as(codes_BTNC)
         hidden_FND = self.hidden(masked_BTNC, actions_BTL, codebook_VL).flatten(0, 1)[dreamt_F]
         guessed = [
-            nearest_to_mean(self.logits(hidden_ND, codebook_VL).float().log_softmax(-1), codebook_VL)[0]
+            nearest_to_mean(self.logits(hidden_ND, codebook_VL).float().softmax(-1), codebook_VL)[0]
             for hidden_ND in hidden_FND  # a frame at a time: its logits stay in the CPU's cache
         ]
         torch.clear_autocast_cache()  # it holds the weights' casts without their graph (pytorch#112583)
@@ -166,15 +172,15 @@ def _some_frames(B: int, T: int, share: float, device: torch.device) -> Tensor:
     return chosen_F // (T - 1) * T + chosen_F % (T - 1) + 1
 
 
-def nearest_to_mean(log_probs: Tensor, codebook_VL: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_to_mean(probs: Tensor, codebook_VL: Tensor) -> tuple[Tensor, Tensor]:
     """Of a distribution over codes (..., V), the code nearest to the mean of their vectors: (...), int64.
 
     Of all codes it has the least expected squared distance to the true one. Also minus that distance.
     """
-    with torch.autocast(log_probs.device.type, enabled=False):  # near codes differ in bits that bfloat16 drops
+    with torch.autocast(probs.device.type, enabled=False):  # near codes differ in bits that bfloat16 drops
         length_V = codebook_VL.square().sum(-1)
-        probs = log_probs.exp()
-        closeness, codes = (2 * (probs @ codebook_VL) @ codebook_VL.T - length_V).max(-1)
+        mean_XL = (probs @ codebook_VL).flatten(0, -2)
+        closeness, codes = torch.addmm(-length_V, mean_XL, codebook_VL.T, alpha=2).view_as(probs).max(-1)
         return codes, closeness - probs @ length_V
 
 

@@ -192,7 +192,7 @@ class Genie(nn.Module):
     def _commit(self, state: PlayState, codes_BTNC: Tensor, actions_BTL: Tensor) -> None:
         """Frames become past: their keys and values are computed from their final tokens, once."""
         codebook_VL = self.tokenizer.quantizer.codebook_VL
-        self.dynamics.hidden(codes_BTNC, actions_BTL, codebook_VL, state.dynamics, commit=True)
+        self.dynamics.remember(codes_BTNC, actions_BTL, codebook_VL, state.dynamics)
         state.codes_BNC = codes_BTNC[:, -1]
         state.frame_BHWC = _to_uint8(self.tokenizer.decode(codes_BTNC, state.decoder)[:, -1])
 

@@ -11,6 +11,7 @@ attention is causal, so a finished frame's keys and values cannot change. A `Tem
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -217,6 +218,10 @@ class STTransformer(nn.Module):
                     sublayers.append(TemporalAttention(config, window))
                 sublayers.append(FeedForward(config))
         self.sublayers = nn.ModuleList(sublayers)
+        # Behind the last keys and values, nothing that becomes past is computed.
+        self._past_ends = max(
+            (i + 1 for i, module in enumerate(sublayers) if isinstance(module, TemporalAttention)), default=0
+        )
         self.norm = nn.LayerNorm(config.d_model)
         self._init_weights()
 
@@ -235,19 +240,27 @@ class STTransformer(nn.Module):
 
         `commit` makes them past. Without it they only look, and the next look overwrites them.
         """
+        y_BTND: Tensor = self.norm(self._through(x_BTND, cache, commit, len(self.sublayers)))
+        return y_BTND
+
+    def remember(self, x_BTND: Tensor, cache: TemporalCache) -> None:
+        """`forward` with `commit` for the cache's sake alone."""
+        self._through(x_BTND, cache, True, self._past_ends)
+
+    def _through(self, x_BTND: Tensor, cache: TemporalCache | None, commit: bool, sublayers: int) -> Tensor:
+        """The first `sublayers` of them."""
         B, T = x_BTND.shape[:2]
         if cache is not None and not cache.positions:
             cache.positions = [0] * B
         time = self._time(T, cache.positions if cache is not None else [0], x_BTND.device, ring=cache is not None)
-        for i, sublayer in enumerate(self.sublayers):
+        for i, sublayer in enumerate(islice(self.sublayers, sublayers)):
             if isinstance(sublayer, TemporalAttention):
                 x_BTND = x_BTND + sublayer(x_BTND, time, cache, i, commit)
             else:
                 x_BTND = x_BTND + sublayer(x_BTND)
         if cache is not None and commit:
             cache.positions = [position + T for position in cache.positions]
-        y_BTND: Tensor = self.norm(x_BTND)
-        return y_BTND
+        return x_BTND
 
     def _time(self, T: int, past: list[int], device: torch.device, ring: bool) -> Time:
         """Of T frames after `past` ones of each world, in whose rings a single frame looks."""

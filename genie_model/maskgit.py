@@ -49,11 +49,12 @@ def sample_frame(
         progress = (step + 1) / config.maskgit_steps
         temperature = config.temperature + (last - config.temperature) * step / max(config.maskgit_steps - 1, 1)
         logits = dynamics.logits(dynamics.hidden(codes, action_BL[:, None], codebook_VL, cache), codebook_VL).float()
-        log_probs = (logits / max(temperature, 1e-4)).log_softmax(-1)
+        logits = logits / max(temperature, 1e-4)
         unknown = codes == dynamics.mask_token
         if config.choice == "mean":
-            sampled, confidence = nearest_to_mean(log_probs, codebook_VL)
+            sampled, confidence = nearest_to_mean(logits.softmax(-1), codebook_VL)
         else:
+            log_probs = logits.log_softmax(-1)
             sampled = _draw(log_probs, generators) if temperature > 0 else log_probs.argmax(-1)
             confidence = log_probs.gather(-1, sampled[..., None]).squeeze(-1)
         sampled = torch.where(unknown, sampled, codes)

@@ -8,7 +8,6 @@ import logging
 import socket
 import sys
 
-import torch
 import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp
@@ -24,7 +23,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = CliApp.run(Settings, cli_args=sys.argv[1:] if arguments is None else arguments)
         set_up_logs(settings)
-        torch.set_num_threads(settings.threads)
         listener = bind(settings.host, settings.port)  # before the model loads: a port in use shows at once
         app = create_app(settings)
         if not settings.wait:

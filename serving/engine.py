@@ -47,8 +47,7 @@ _ELSEWHERE = "this session ended or went on elsewhere: ask where it stands"
 _FRAMES_AT_ONCE = 32  # of a past that is painted again: players step in between
 _LOAD_SECONDS = 60.0
 _PREVIEWS = 3  # requests for them that one session may have
-_GATHER_SECONDS = 0.005  # how long a pass waits for players who just stepped
-_RECENT_SECONDS = 0.25
+_GATHER_SECONDS = 0.02  # after a pass, for the next steps of those who shared it: then they share this one too
 _ALONE_SECONDS = 2.0  # a world nobody steps for so long no longer holds on to those it stepped beside
 _PARK_SECONDS = 30.0  # a world nobody steps for so long leaves memory; its tokens bring it back
 
@@ -70,11 +69,13 @@ class Engine:
         """Raises ValueError when the store's file cannot be used."""
         self._metrics = metrics
         self._settings = settings
-        self._keeper = Keeper(SessionStore(settings.session_store))
+        self._keeper = Keeper(SessionStore(settings.session_store), settings.threads)
         self._sessions: dict[str, Session] = {}
         self._starting = 0
         self._steps: list[_Step] = []
         self._step_came = asyncio.Event()
+        self._passed: list[Session] = []  # shared the last pass, which ended then
+        self._pass_ended = 0.0
         self._rolling = asyncio.Semaphore(1)  # rollouts at once: players go first
         self.decoding = asyncio.Semaphore(2)  # uploads decoded at once: a picture of 40 megapixels takes 300 MB
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
@@ -212,7 +213,8 @@ class Engine:
                     if not step.done.done():
                         step.done.set_exception(PassFailedError("the model failed at this step: send it again"))
                 continue
-            self._measured(batch, began, time.perf_counter())
+            self._passed, self._pass_ended = [step.session for step in batch], time.perf_counter()
+            self._measured(batch, began, self._pass_ended)
             for step, frame_HWC in zip(batch, frames, strict=True):
                 if frame_HWC is None:
                     if self._sessions.get(step.session.id) is step.session:
@@ -338,11 +340,9 @@ class Engine:
 
     async def _gather(self) -> None:
         """Waits a moment for players who just got a frame: their next step would come right after the pass began."""
-        began = time.monotonic()
-        while time.monotonic() - began < _GATHER_SECONDS:
-            waiting = {step.session.id for step in self._steps}
-            recent = began - _RECENT_SECONDS
-            if all(s.id in waiting or s.last_used < recent or not s.steps for s in self._sessions.values()):
+        while time.perf_counter() - self._pass_ended < _GATHER_SECONDS:
+            waiting = {step.session for step in self._steps}
+            if all(session in waiting or self._sessions.get(session.id) is not session for session in self._passed):
                 return
             await asyncio.sleep(0.001)
 

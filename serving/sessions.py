@@ -20,6 +20,7 @@ from serving.schemas import SessionInfo
 from serving.store import Frame, SessionRecord, SessionStore
 from serving.worlds import World
 
+_FEW = 2
 ENDED = "this session does not exist or has ended: create a new one"
 
 
@@ -54,8 +55,9 @@ class Session:
 class Keeper:
     """What is done to sessions in the one worker thread: everything that touches torch or the store."""
 
-    def __init__(self, store: SessionStore) -> None:
-        self.store = store
+    def __init__(self, store: SessionStore, threads: int) -> None:
+        """`threads` are the model's for a pass of many; with a few players one is left to requests, or they wait."""
+        self.store, self._threads = store, threads
 
     def begin(self, session: Session) -> None:
         """Starts its world at its frame."""
@@ -75,6 +77,7 @@ class Keeper:
                 awake.append((session, action, self.wake(session)))
         if not awake:
             return [None] * len(sessions)
+        torch.set_num_threads(max(self._threads - (len(awake) <= _FEW), 1))
         genie, sampling = sessions[0].model.genie, sessions[0].sampling
         found = worlds.step(genie, [world for *_, world in awake], [action for _, action, _ in awake], sampling)
         frames = [

@@ -38,9 +38,7 @@ class Settings(BaseSettings):
         description="a file that keeps sessions beyond the process; :memory: keeps none (default: in the user's cache)",
     )
     threads: int = Field(
-        max((os.cpu_count() or 2) - 1, 1),
-        ge=1,
-        description="threads of the model; by default one core is left to requests, for whom it would wait",
+        os.cpu_count() or 2, ge=1, description="of the model; with one or two players it leaves one core to requests"
     )
     max_batch: int = Field(8, ge=1, description="sessions that step in one pass of the model")
     max_waiting: int = Field(8, ge=1, description="requests of one session that may wait for their turn")
