@@ -4,55 +4,64 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_RUN = "b7a0c1f2d3e4495f8a6b7c8d9e0f1a2b"
 
 
 class ModelInfo(BaseModel):
     """The model version that a session plays."""
 
-    name: str
-    version: str
-    run_id: str = Field(description="the MLflow run that made it; empty for a model served from a folder")
-    num_actions: int = Field(description="actions are 0 .. num_actions - 1")
-    frame_height: int = Field(description="of a frame, in pixels")
-    frame_width: int = Field(description="of a frame, in pixels")
+    name: str = Field(examples=["genie"])
+    version: str = Field(description="its number; of a model served from a folder, what it holds", examples=["3"])
+    run_id: str = Field(
+        description="the MLflow run that made it; empty for a model served from a folder", examples=[_RUN]
+    )
+    num_actions: int = Field(description="actions are 0 .. num_actions - 1", examples=[6])
+    frame_height: int = Field(description="of a frame, in pixels", examples=[64])
+    frame_width: int = Field(description="of a frame, in pixels", examples=[64])
 
 
 class StartFrame(BaseModel):
     """A built-in held-out frame to start from."""
 
-    name: str
-    url: str = Field(description="where its PNG is")
+    name: str = Field(examples=["00"])
+    url: str = Field(description="where its PNG is", examples=["/v1/starts/00.png"])
 
 
 class Starts(BaseModel):
     """What a session can start from."""
 
     start_frames: list[StartFrame]
-    max_upload_bytes: int
+    max_upload_bytes: int = Field(examples=[10_485_760])
 
 
 class SessionInfo(BaseModel):
     """One player's world."""
 
-    id: str
+    id: str = Field(description="a secret: whoever knows it plays", examples=["pJ3mW0vQk6sZ9y2d"])
     model: ModelInfo
-    seed: int
-    steps: int = Field(description="actions taken so far; frame 0 is the prompt")
-    temperature: float = Field(description="of the tokens' distribution")
-    maskgit_steps: int = Field(description="MaskGIT steps a frame")
+    seed: int = Field(examples=[7])
+    steps: int = Field(description="actions taken so far; frame 0 is the prompt", examples=[12])
+    temperature: float = Field(description="of the tokens' distribution", examples=[0.5])
+    maskgit_steps: int = Field(description="MaskGIT steps a frame", examples=[1])
 
 
 class StepRequest(BaseModel):
     """The action to take, or several, checked against the session's own model."""
 
-    action: int | None = Field(None, description="0 .. num_actions - 1", examples=[2])
-    actions: list[int] | None = Field(None, min_length=1, max_length=64, description="to take one after another")
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"action": 2, "step": 1}, {"actions": [2, 2, 3]}]}
+    )
+
+    action: int | None = Field(None, description="0 .. num_actions - 1")
+    actions: list[int] | None = Field(
+        None, min_length=1, max_length=64, description="instead, to take one after another"
+    )
     step: int | None = Field(
         None,
         ge=1,
         description="the number that the (first) step is to get: sent again after a lost answer, none is taken twice",
-        examples=[1],
     )
 
     @model_validator(mode="after")
@@ -96,46 +105,51 @@ class Sketch(BaseModel):
 class BranchRequest(BaseModel):
     """What if, at that frame, another action had been taken?"""
 
+    model_config = ConfigDict(extra="forbid", strict=True)
+
     t: int = Field(ge=0, description="the last frame that both have in common; 0 is the prompt", examples=[12])
 
 
 class Previews(BaseModel):
     """What each action would do from frame `steps` on, when taken `repeats` times."""
 
-    steps: int
-    repeats: int
-    images: list[str] = Field(description="one PNG per action, as data URLs")
+    steps: int = Field(examples=[12])
+    repeats: int = Field(examples=[3])
+    images: list[str] = Field(description="one PNG per action, as data URLs", examples=[["data:image/png;base64,..."]])
 
 
 class InferredActions(BaseModel):
     """What happened between successive frames, in the model's own actions."""
 
     model: ModelInfo
-    actions: list[int] = Field(description="one fewer than the frames")
+    actions: list[int] = Field(description="one fewer than the frames", examples=[[0, 3, 3]])
 
 
 class ModelVersionInfo(BaseModel):
     """A registered version."""
 
-    version: str
-    run_id: str
-    aliases: list[str]
-    metrics: dict[str, float] = Field(description="held-out, as registered")
+    version: str = Field(examples=["3"])
+    run_id: str = Field(examples=[_RUN])
+    aliases: list[str] = Field(examples=[["champion"]])
+    metrics: dict[str, float] = Field(description="held-out, as registered", examples=[{"delta_psnr_t4": 5.8}])
 
 
 class Ready(BaseModel):
     """A model is loaded and warm."""
 
     model: ModelInfo
-    sessions: int
-    problem: str = Field(description="why the alias's newest version is not the one served; else empty")
+    sessions: int = Field(description="open here", examples=[2])
+    problem: str = Field(description="why the alias's newest version is not the one served; else empty", examples=[""])
 
 
 class Problem(BaseModel):
     """The body of every 4xx and 5xx answer, application/problem+json (RFC 9457)."""
 
-    type: str = Field(description="about:blank: the status says which kind of problem it is")
-    title: str = Field(description="the status in words")
-    status: int
+    type: str = Field(description="about:blank: the status says which kind of problem it is", examples=["about:blank"])
+    title: str = Field(description="the status in words", examples=["Not Found"])
+    status: int = Field(examples=[404])
     code: str = Field(description="for programs", examples=["unknown_session"])
-    detail: str = Field(description="what was wrong and what is allowed, in one line")
+    detail: str = Field(
+        description="what was wrong and what is allowed, in one line",
+        examples=["this session does not exist or has ended: create a new one"],
+    )
