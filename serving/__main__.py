@@ -36,7 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
     host = settings.host.replace("0.0.0.0", "localhost")
     summary("serve", f"play at http://{host}:{listener.getsockname()[1]} (Ctrl-C ends it)")
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, ws_max_size=65_536)
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=5,
+            ws_max_size=65_536,
+            forwarded_allow_ips=settings.trusted_proxies,
+        )
     )
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])

@@ -10,16 +10,26 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.errors import ServiceError, answer
 from serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
 _HEADER = b"x-request-id"
+_ALWAYS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+_ONLY_OURS = (
+    b"content-security-policy",
+    b"default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; frame-ancestors 'self'",
+)
+_DOCS = ("/docs", "/redoc")  # the API's page is FastAPI's, with scripts from elsewhere
 _METHODS = {"GET", "HEAD", "POST", "DELETE", "OPTIONS"}  # a client may send any word
 _SAFE = re.compile(rb"[\w.:-]{1,64}")  # what a proxy may have given; anything else is replaced
 
 
 class Access:
-    """Counts and logs answers. A request keeps the X-Request-ID that it came with, and its answer carries it."""
+    """Counts and logs answers. A request keeps the X-Request-ID that it came with, and its answer carries it.
+
+    What the application did not expect is logged with the request's number, and answered with it.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -31,17 +41,23 @@ class Access:
             return
         given = dict(scope["headers"]).get(_HEADER, b"")
         request_id = given if _SAFE.fullmatch(given) else secrets.token_hex(8).encode()
-        began, status = time.perf_counter(), 500
+        began, status = time.perf_counter(), 0
+        always = _ALWAYS if scope["path"].startswith(_DOCS) else [*_ALWAYS, _ONLY_OURS]
 
         async def numbered(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (_HEADER, request_id)]
+                message["headers"] = [*message.get("headers", []), (_HEADER, request_id), *always]
             await send(message)
 
         try:
             await self.app(scope, receive, numbered)
+        except Exception:
+            log.exception("%s %s failed", scope["method"], scope["path"], extra={"request_id": request_id.decode()})
+            if not status:
+                error = ServiceError("the service failed; its log says why, beside this answer's X-Request-ID")
+                await answer(error)(scope, receive, numbered)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             method = scope["method"] if scope["method"] in _METHODS else "other"

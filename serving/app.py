@@ -11,11 +11,14 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving import traces
 from serving.access import Access
+from serving.clients import Clients, Door
 from serving.engine import Engine
-from serving.errors import UploadTooLargeError, install_error_handlers
+from serving.errors import UploadTooLargeError, UploadTooSlowError, install_error_handlers
 from serving.live import live
 from serving.metrics import Metrics
 from serving.model import ModelSource, model_source
@@ -24,10 +27,8 @@ from serving.settings import Settings
 
 WEB = Path(__file__).parent / "web"
 _FORM_BYTES = 4096  # what a multipart form adds to the file it carries
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'self'",
-    "Cache-Control": "no-cache",
-}
+_PAGE_HEADERS = {"Cache-Control": "no-cache"}
+_SHOWN_ELSEWHERE = ["X-Steps", "X-Request-ID", "Server-Timing", "Retry-After"]
 
 
 def create_app(settings: Settings | None = None, source: ModelSource | None = None) -> FastAPI:
@@ -38,6 +39,7 @@ def create_app(settings: Settings | None = None, source: ModelSource | None = No
     """
     settings = settings or Settings()
     metrics = Metrics()
+    clients = Clients(settings)
     engine = Engine(settings, source or model_source(settings), metrics)
 
     @asynccontextmanager
@@ -51,9 +53,19 @@ def create_app(settings: Settings | None = None, source: ModelSource | None = No
 
     app = FastAPI(title="Genie", summary="Play a world learned from video", version=version("genie-platform"),
                   lifespan=lifespan)  # fmt: skip
-    app.state.settings, app.state.engine, app.state.metrics = settings, engine, metrics
-    app.add_middleware(BodyLimit, max_bytes=settings.max_upload_bytes + _FORM_BYTES)
+    app.state.settings, app.state.engine, app.state.metrics, app.state.clients = settings, engine, metrics, clients
+    # The last one that is added is the first one that a request meets.
+    body_bytes = settings.max_upload_bytes * 4 // 3 + _FORM_BYTES  # a data URL takes four letters for three bytes
+    app.add_middleware(BodyLimit, max_bytes=body_bytes, max_seconds=settings.max_upload_seconds)
+    app.add_middleware(Door, clients=clients, origins=settings.cors_origins)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"], expose_headers=_SHOWN_ELSEWHERE,
+        )  # fmt: skip
     app.add_middleware(Access, metrics=metrics)
+    if settings.traces:
+        traces.send(app)
     install_error_handlers(app)
     for router in (health, v1, live):
         app.include_router(router)
@@ -67,18 +79,25 @@ def create_app(settings: Settings | None = None, source: ModelSource | None = No
 
 
 class BodyLimit:
-    """Refuses a request body while it is read, as soon as it is too long: nothing huge is ever kept."""
+    """Refuses a request body while it is read, as soon as it is too long or takes too long: nothing huge is kept."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, max_seconds: float) -> None:
+        self.app, self.max_bytes, self.max_seconds = app, max_bytes, max_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        received, whole, began = 0, False, asyncio.get_running_loop().time()
 
         async def limited_receive() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole
+            try:  # behind the body nothing comes but the news that the client left
+                async with asyncio.timeout_at(None if whole else began + self.max_seconds):
+                    message = await receive()
+            except TimeoutError:
+                raise UploadTooSlowError(f"the upload took longer than {self.max_seconds:g} seconds") from None
+            whole = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > self.max_bytes:
                 raise UploadTooLargeError(f"the upload is too large: at most {self.max_bytes / 1e6:.1f} MB")

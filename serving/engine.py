@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,13 +25,16 @@ import numpy as np
 import torch
 
 from genie_model.config import SamplingConfig
+from serving.clients import Client
 from serving.errors import (
     BadRequestError,
-    BusyError,
     NotReadyError,
     PassFailedError,
     SessionMovedError,
+    SlowStepError,
+    TooManyRequestsError,
     TooManySessionsError,
+    TooManySessionsOfClientError,
     UnknownSessionError,
 )
 from serving.images import Pixels
@@ -40,6 +45,7 @@ from serving.schemas import ModelVersionInfo
 from serving.sessions import ENDED, Keeper, Session
 from serving.settings import Settings
 from serving.store import SessionStore
+from serving.traces import tracer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -71,12 +77,12 @@ class Engine:
         self._settings = settings
         self._keeper = Keeper(SessionStore(settings.session_store), settings.threads)
         self._sessions: dict[str, Session] = {}
-        self._starting = 0
+        self._starting = Counter[str]()  # sessions about to be open, of each client
         self._steps: list[_Step] = []
         self._step_came = asyncio.Event()
         self._passed: list[Session] = []  # shared the last pass, which ended then
         self._pass_ended = 0.0
-        self._rolling = asyncio.Semaphore(1)  # rollouts at once: players go first
+        self._rollouts, self._rolling = 0, asyncio.Semaphore(1)  # one at once: players go first
         self.decoding = asyncio.Semaphore(2)  # uploads decoded at once: a picture of 40 megapixels takes 300 MB
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
@@ -124,35 +130,44 @@ class Engine:
         """Steps that wait for a pass."""
         return len(self._steps)
 
-    async def session(self, session_id: str) -> Session:
+    async def session(self, session_id: str, client: Client) -> Session:
         """One that is open, or that another process left in the store. Raises UnknownSessionError."""
         if session_id not in self._sessions:
-            with self._place():
+            with self._place(client):
                 record = await self._run(partial(self._keeper.record, session_id))
                 model = await self._load(partial(self.models.of_session, record.model))
                 found = await self._run(partial(self._keeper.reopen, record, model))
+                found.owner = client.name
             self._sessions.setdefault(session_id, found)
         return self._sessions[session_id]
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
-        """Holds a place for a session that is about to be open. Raises TooManySessionsError."""
+    def _place(self, client: Client) -> Iterator[None]:
+        """Holds a place for a session that is about to be open.
+
+        Raises TooManySessionsError, and TooManySessionsOfClientError where the client has all that are theirs.
+        """
         most = self._settings.max_sessions
-        if self.num_sessions + self._starting >= most:
+        if self.num_sessions + self._starting.total() >= most:
             raise TooManySessionsError(f"all {most} sessions are taken: end one or try again later")
-        self._starting += 1
+        own = [session.last_used for session in self._sessions.values() if session.owner == client.name]
+        if client.sessions and len(own) + self._starting[client.name] >= client.sessions:
+            idle = time.monotonic() - min(own, default=0.0)
+            wait = max(math.ceil(self._settings.idle_seconds - idle), 1)
+            raise TooManySessionsOfClientError(f"at most {client.sessions} sessions for each client: end one", wait)
+        self._starting[client.name] += 1
         try:
             yield
         finally:
-            self._starting -= 1
+            self._starting[client.name] -= 1
 
     async def create(
-        self, model: LoadedModel, frame_HWC: Pixels, seed: int | None, sampling: SamplingConfig | None = None
+        self, model: LoadedModel, frame_HWC: Pixels, seed: int | None, sampling: SamplingConfig, client: Client
     ) -> Session:
         """A world that starts at `frame_HWC`: uint8, of the model's frame size. Raises TooManySessionsError."""
         seed = secrets.randbelow(2**31) if seed is None else seed
-        session = Session(secrets.token_urlsafe(12), model, seed, sampling or model.genie.config.sampling, frame_HWC)
-        with self._place():
+        session = Session(secrets.token_urlsafe(12), model, seed, sampling, frame_HWC, owner=client.name)
+        with self._place(client):
             await self._run(partial(self._keeper.begin, session))
         self._sessions[session.id] = session
         return session
@@ -161,7 +176,7 @@ class Engine:
         """Takes the actions, one after another; returns the steps so far and the frame they led to, (H, W, 3).
 
         `expected` is the number that the first of them is to get. Sent again after a lost answer, no step is taken
-        twice: what was taken already counts, the rest is taken. Raises BadRequestError, BusyError, and
+        twice: what was taken already counts, the rest is taken. Raises BadRequestError, TooManyRequestsError, and
         SessionMovedError where the session stands elsewhere, or came there by other actions.
         """
         num_actions = session.model.info.num_actions
@@ -169,10 +184,13 @@ class Engine:
             if not 0 <= action < num_actions:
                 raise BadRequestError(f"actions must be from 0 to {num_actions - 1}, not {action}")
         if session.waiting >= self._settings.max_waiting:
-            raise BusyError(f"{session.waiting} requests of this session are waiting: send the next after an answer")
+            raise TooManyRequestsError(
+                f"{session.waiting} requests of this session are waiting: send the next after an answer"
+            )
         session.waiting += 1
+        waiting: _Step | None = None
         try:
-            async with session.lock:
+            async with asyncio.timeout(self._settings.max_step_seconds), session.lock:
                 if session.id not in self._sessions:
                     raise UnknownSessionError(ENDED)
                 if self._sessions[session.id] is not session:
@@ -186,8 +204,12 @@ class Engine:
                     self._step_came.set()
                     await waiting.done
                 return session.steps, session.frame_HWC
+        except TimeoutError:
+            raise SlowStepError("the step took too long: send it again, with its number") from None
         finally:
             session.waiting -= 1
+            if waiting in self._steps:  # nobody waits for it any more
+                self._steps.remove(waiting)
 
     async def _took(self, session: Session, actions: list[int]) -> bool:
         """Were these the session's last actions?"""
@@ -203,9 +225,12 @@ class Engine:
             self._steps = [step for step in self._steps if step not in batch]
             if not self._steps:
                 self._step_came.clear()
+            if not batch:
+                continue
             actions, began = [step.action for step in batch], time.perf_counter()
             try:
-                frames = await self._run(partial(self._keeper.step, [step.session for step in batch], actions))
+                with tracer.start_as_current_span("pass of the model", attributes={"worlds": len(batch)}):
+                    frames = await self._run(partial(self._keeper.step, [step.session for step in batch], actions))
             except Exception:  # the tokens in the store bring their worlds back
                 log.exception("a pass of the model failed")
                 for step in batch:
@@ -239,8 +264,9 @@ class Engine:
 
     def _next_batch(self) -> list[_Step]:
         """Of those that wait, the first, and what can share its pass: at most one step of each session."""
-        first, batch = self._steps[0].session, dict[str, _Step]()
+        batch = dict[str, _Step]()
         for step in self._steps:
+            first = self._steps[0].session
             alike = step.session.model is first.model and step.session.sampling == first.sampling
             if alike and len(batch) < self._settings.max_batch:
                 batch.setdefault(step.session.id, step)
@@ -249,11 +275,11 @@ class Engine:
     async def previews(self, session: Session, repeats: int) -> tuple[int, Pixels]:
         """The steps so far, and the frame that each action leads to when taken `repeats` times: uint8 (A, H, W, 3).
 
-        The session itself stays where it is. Its own steps go first: then SessionMovedError is raised. Raises BusyError
-        where too many wait.
+        The session itself stays where it is. Its own steps go first: then SessionMovedError is raised. Raises
+        TooManyRequestsError where too many wait.
         """
         if session.previews_waiting >= _PREVIEWS:
-            raise BusyError("previews of this session are being drawn: ask again when they are there")
+            raise TooManyRequestsError("previews of this session are being drawn: ask again when they are there")
         actions = torch.arange(session.model.info.num_actions)
         session.previews_waiting += 1
         try:
@@ -271,19 +297,36 @@ class Engine:
             session.previews_waiting -= 1
 
     async def rollout(
-        self, model: LoadedModel, frame_HWC: Pixels, seed: int | None, sampling: SamplingConfig, actions: list[int]
+        self,
+        model: LoadedModel,
+        frame_HWC: Pixels,
+        seed: int | None,
+        sampling: SamplingConfig,
+        actions: list[int],
+        gone: Callable[[], Awaitable[bool]],
     ) -> Pixels:
-        """The prompt and the frames after it: uint8 (T, H, W, 3). Players step in between. Raises BadRequestError."""
+        """The prompt and the frames after it: uint8 (T, H, W, 3). Players step in between.
+
+        Raises BadRequestError, also once the client is `gone`, and TooManyRequestsError while too many others wait.
+        """
         if max(actions) >= model.info.num_actions:
             raise BadRequestError(f"actions must be from 0 to {model.info.num_actions - 1}, not {max(actions)}")
+        if self._rollouts >= self._settings.max_rollouts:
+            raise TooManyRequestsError(f"{self._rollouts} rollouts are being drawn: try again later", 5)
         prompt_BTHWC = torch.from_numpy(frame_HWC.copy())[None, None]
         seed = secrets.randbelow(2**31) if seed is None else seed
-        async with self._rolling:
-            state = await self._run(partial(model.genie.start, prompt_BTHWC, seed=seed))
-            frames = [frame_HWC]
-            for action in actions:
-                frame_BHWC = await self._run(partial(model.genie.step, state, torch.tensor([action]), sampling))
-                frames.append(frame_BHWC[0].numpy())
+        self._rollouts += 1
+        try:
+            async with self._rolling:
+                state = await self._run(partial(model.genie.start, prompt_BTHWC, seed=seed))
+                frames = [frame_HWC]
+                for action in actions:
+                    if await gone():
+                        raise BadRequestError("the client left")
+                    frame_BHWC = await self._run(partial(model.genie.step, state, torch.tensor([action]), sampling))
+                    frames.append(frame_BHWC[0].numpy())
+        finally:
+            self._rollouts -= 1
         return np.stack(frames)
 
     async def infer(self, model: LoadedModel, frames_THWC: Pixels) -> list[int]:
@@ -301,12 +344,13 @@ class Engine:
         ]
         return np.concatenate(parts)
 
-    async def branch(self, session: Session, t: int) -> Session:
+    async def branch(self, session: Session, t: int, client: Client) -> Session:
         """A new session that shares this one's frames up to t, its seed and its model, and goes on by itself."""
         if not 0 <= t <= session.steps:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {t}")
-        with self._place():
+        with self._place(client):
             branch = await self._run(partial(self._keeper.branch, session, t, secrets.token_urlsafe(12)))
+        branch.owner = client.name
         self._sessions[branch.id] = branch
         return branch
 

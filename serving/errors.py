@@ -17,9 +17,17 @@ class ServiceError(HTTPException):
     code = "internal"
     retry_after_seconds: int | None = None
 
+    def __init__(self, message: str, retry_after_seconds: int | None = None) -> None:
+        wait = retry_after_seconds or self.retry_after_seconds
+        super().__init__(self.status, message, {"Retry-After": str(wait)} if wait else None)
+
+
+class UnauthorizedError(ServiceError):
+    status, code = 401, "unauthorized"
+
     def __init__(self, message: str) -> None:
-        headers = {"Retry-After": str(self.retry_after_seconds)} if self.retry_after_seconds else None
-        super().__init__(self.status, message, headers)
+        super().__init__(message)
+        self.headers = {"WWW-Authenticate": 'Basic realm="Genie", charset="UTF-8", Bearer'}
 
 
 class UnknownSessionError(ServiceError):
@@ -38,6 +46,10 @@ class SessionMovedError(ServiceError):
     status, code = 409, "session_moved"
 
 
+class UploadTooSlowError(ServiceError):
+    status, code = 408, "upload_too_slow"
+
+
 class UploadTooLargeError(ServiceError):
     status, code = 413, "upload_too_large"
 
@@ -50,12 +62,20 @@ class BadRequestError(ServiceError):
     status, code = 422, "invalid_request"
 
 
-class BusyError(ServiceError):
+class TooManyRequestsError(ServiceError):
     status, code, retry_after_seconds = 429, "too_many_requests", 1
+
+
+class TooManySessionsOfClientError(ServiceError):
+    status, code = 429, "too_many_sessions_of_client"
 
 
 class PassFailedError(ServiceError):
     status, code = 500, "model_failed"
+
+
+class SlowStepError(ServiceError):
+    status, code, retry_after_seconds = 503, "step_too_slow", 1
 
 
 class NotReadyError(ServiceError):
@@ -75,22 +95,22 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        code = error.code if isinstance(error, ServiceError) else HTTPStatus(error.status_code).name.lower()
-        return _answer(error.status_code, code, error.detail, error.headers)
+        return answer(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
         problems = [f"{'.'.join(str(part) for part in e['loc'][1:]) or 'body'}: {e['msg']}" for e in error.errors()]
         return _answer(BadRequestError.status, BadRequestError.code, "; ".join(problems))
 
-    @app.exception_handler(Exception)
-    async def internal_error(request: Request, error: Exception) -> JSONResponse:
-        return _answer(500, ServiceError.code, "the service failed; its log says why")
-
 
 def problem(status: int, code: str, detail: str) -> dict[str, object]:
     """The body: `title` is the status in words, `detail` says what to do, `code` is for programs."""
     return {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "code": code, "detail": detail}
+
+
+def answer(error: HTTPException) -> JSONResponse:
+    code = error.code if isinstance(error, ServiceError) else HTTPStatus(error.status_code).name.lower()
+    return _answer(error.status_code, code, error.detail, error.headers)
 
 
 def _answer(status: int, code: str, detail: str, headers: object = None) -> JSONResponse:

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
+from serving.clients import Client, Clients
 from serving.engine import Engine
 from serving.errors import BadRequestError, ServiceError, UnknownSessionError, problem
 from serving.images import Pixels, packed
@@ -55,14 +56,16 @@ async def play(
     session that is not there closes it with 4404, a service that cannot open it with 4503.
     """
     engine: Engine = socket.app.state.engine
+    clients: Clients = socket.app.state.clients
+    client: Client = socket.state.client
     await socket.accept()
     outbox = Outbox(socket)
     sending = asyncio.create_task(outbox.send())
     try:
-        session = await engine.session(session_id)
+        session = await engine.session(session_id, client)
         outbox.put(await message(session, session.steps, session.frame_HWC, 0.0, picture))
         while (received := await socket.receive())["type"] != "websocket.disconnect":
-            wrong = await answer(engine, session_id, received.get("text") or "", picture, outbox)
+            wrong = await answer(engine, clients, client, session_id, received.get("text") or "", picture, outbox)
             if wrong:
                 await socket.send_json(wrong)
     except ServiceError as error:
@@ -75,12 +78,19 @@ async def play(
 
 
 async def answer(
-    engine: Engine, session_id: str, text: str, picture: PictureFormat, outbox: Outbox
+    engine: Engine,
+    clients: Clients,
+    client: Client,
+    session_id: str,
+    text: str,
+    picture: PictureFormat,
+    outbox: Outbox,
 ) -> dict[str, object] | None:
     """Takes the step that is asked for; the problem, if there is one. Raises UnknownSessionError."""
     try:
         asked, began = StepRequest.model_validate_json(text), time.perf_counter()
-        session = await engine.session(session_id)
+        clients.count_steps(client, len(asked.taken))
+        session = await engine.session(session_id, client)
         steps, frame_HWC = await engine.step(session, asked.taken, asked.step)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']}" for e in error.errors())

@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from genie_model.config import SamplingConfig
 from serving import images
+from serving.clients import Client, Clients
 from serving.engine import Engine
 from serving.errors import BadRequestError, UnknownStartFrameError
 from serving.images import Animation, Pixels, frame_from_sketch, frame_from_upload, picture_in, png, png_data_url
@@ -48,7 +49,19 @@ def get_settings(request: Request) -> Settings:
     return settings
 
 
+def get_client(request: Request) -> Client:
+    client: Client = request.state.client
+    return client
+
+
+def get_clients(request: Request) -> Clients:
+    clients: Clients = request.app.state.clients
+    return clients
+
+
 EngineDep = Annotated[Engine, Depends(get_engine)]
+ClientDep = Annotated[Client, Depends(get_client)]
+ClientsDep = Annotated[Clients, Depends(get_clients)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 
 _PROBLEM: dict[str, Any] = {
@@ -63,8 +76,8 @@ _ANIMATION = {200: {"content": {kind: {} for kind in _MEDIA_TYPES.values()}, "de
 _PNG = {200: {"content": {"image/png": {}}, "description": "the frame; X-Steps says which"}}
 
 
-async def get_session(session_id: str, engine: EngineDep) -> Session:
-    return await engine.session(session_id)
+async def get_session(session_id: str, engine: EngineDep, client: ClientDep) -> Session:
+    return await engine.session(session_id, client)
 
 
 SessionDep = Annotated[Session, Depends(get_session)]
@@ -122,6 +135,8 @@ class Prompt:
 
 async def get_model(
     engine: EngineDep,
+    client: ClientDep,
+    clients: ClientsDep,
     version: Annotated[
         str | None,
         Form(
@@ -129,6 +144,7 @@ async def get_model(
         ),
     ] = None,
 ) -> LoadedModel:
+    clients.count_worlds(client)
     return await engine.version(version)
 
 
@@ -171,14 +187,18 @@ PromptDep = Annotated[Prompt, Depends(get_prompt)]
 
 
 @v1.post("/sessions", status_code=201)
-async def create_session(engine: EngineDep, prompt: PromptDep) -> SessionInfo:
+async def create_session(engine: EngineDep, prompt: PromptDep, client: ClientDep) -> SessionInfo:
     """A new world, from a picture, a sketch or a built-in start frame."""
-    return (await engine.create(prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling)).info()
+    session = await engine.create(prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling, client)
+    return session.info()
 
 
 @v1.post("/rollouts", response_class=Response, responses=_ANIMATION)  # type: ignore[arg-type]
 async def rollout(
+    request: Request,
     engine: EngineDep,
+    client: ClientDep,
+    clients: ClientsDep,
     prompt: PromptDep,
     actions: Annotated[str, Form(description="to take one after another, from 0", examples=["0,0,0,3,3,1"])],
     frames_per_second: Annotated[int, Form(ge=1, le=50)] = 10,
@@ -188,7 +208,10 @@ async def rollout(
     if not re.fullmatch(r"\d{1,4}(,\d{1,4}){0,499}", actions):
         raise BadRequestError("actions must be 1 to 500 whole numbers with commas between them, as in 0,0,3")
     taken = [int(action) for action in actions.split(",")]
-    frames_THWC = await engine.rollout(prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling, taken)
+    clients.count_steps(client, len(taken))
+    frames_THWC = await engine.rollout(
+        prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling, taken, request.is_disconnected
+    )
     return await _animation(frames_THWC, kind, frames_per_second)
 
 
@@ -225,8 +248,11 @@ async def frame(session: SessionDep) -> Response:
 
 
 @v1.post("/sessions/{session_id}/step", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
-async def step(body: StepRequest, session: SessionDep, engine: EngineDep) -> Response:
+async def step(
+    body: StepRequest, session: SessionDep, engine: EngineDep, client: ClientDep, clients: ClientsDep
+) -> Response:
     """Takes one action, or several, and answers with the frame they lead to as PNG."""
+    clients.count_steps(client, len(body.taken))
     began = time.perf_counter()
     steps, frame_HWC = await engine.step(session, body.taken, body.step)
     milliseconds = (time.perf_counter() - began) * 1000
@@ -237,9 +263,12 @@ async def step(body: StepRequest, session: SessionDep, engine: EngineDep) -> Res
 async def previews(
     session: SessionDep,
     engine: EngineDep,
+    client: ClientDep,
+    clients: ClientsDep,
     repeats: Annotated[int, Query(ge=1, le=8, description="times each action is taken")] = 3,
 ) -> Previews:
     """What each latent action would do from here: the session itself stays where it is."""
+    clients.count_steps(client, repeats * session.model.info.num_actions)
     steps, frames_AHWC = await engine.previews(session, repeats)
     return Previews(steps=steps, repeats=repeats, images=[png_data_url(frame_HWC) for frame_HWC in frames_AHWC])
 
@@ -264,9 +293,9 @@ async def animation(
 
 
 @v1.post("/sessions/{session_id}/branch", status_code=201)
-async def branch(body: BranchRequest, session: SessionDep, engine: EngineDep) -> SessionInfo:
+async def branch(body: BranchRequest, session: SessionDep, engine: EngineDep, client: ClientDep) -> SessionInfo:
     """A new session that shares this one's frames up to t, and its seed: what if another action had been taken?"""
-    return (await engine.branch(session, body.t)).info()
+    return (await engine.branch(session, body.t, client)).info()
 
 
 @v1.delete("/sessions/{session_id}", status_code=204)

@@ -34,6 +34,7 @@ class Session:
     sampling: SamplingConfig
     frame_HWC: Pixels
     steps: int = 0
+    owner: str = ""  # the client among whose sessions it counts
     world: World | None = None  # None: parked, its frames are in the store
     last_used: float = field(default_factory=time.monotonic)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from genie_model.files import cache_dir
 
@@ -46,5 +46,30 @@ class Settings(BaseSettings):
     max_models: int = Field(3, ge=1, description="versions in memory at once; others wait until one is played no more")
     max_sessions: int = Field(16, ge=1, description="sessions open at once")
     idle_seconds: float = Field(900.0, gt=0, description="a session that nobody steps for this long ends")
+    max_rollouts: int = Field(4, ge=1, description="rollouts that are drawn or wait")
+    max_step_seconds: float = Field(30.0, gt=0, description="a step that has waited so long is refused with 503")
+    max_upload_seconds: float = Field(30.0, gt=0, description="a request's body has to be there by then")
+    api_keys: str | None = Field(
+        None,
+        description="a TOML file of who may play: a table [name] each with sha256 = the key's "
+        "(printf %%s KEY | sha256sum), and, if they differ, sessions and steps_per_minute",
+    )
+    client_sessions: int = Field(8, ge=0, description="sessions that one client may have open; 0: any number")
+    client_steps_per_minute: int = Field(6000, ge=0, description="steps that one client may take; 0: any number")
+    client_worlds_per_minute: int = Field(
+        60, ge=0, description="sessions, rollouts and inferences that one client may begin; 0: any number"
+    )
+    trusted_proxies: str = Field(
+        "127.0.0.1", description="whose X-Forwarded-For says which client it is: addresses or networks, or *"
+    )
+    cors_origins: Annotated[list[str], NoDecode] = Field(
+        [], description="other sites whose pages may play, as in https://example.com,https://other.example; or *"
+    )
+    traces: bool = Field(False, description="send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT (extra: otel)")
     max_upload_bytes: int = Field(10 * 2**20, ge=1024, description="largest upload")
     max_upload_pixels: int = Field(40_000_000, ge=1, description="largest picture, in pixels")
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _between_commas(cls, value: object) -> object:
+        return [origin for origin in value.split(",") if origin] if isinstance(value, str) else value

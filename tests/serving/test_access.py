@@ -1,0 +1,299 @@
+"""Who may play, how much, and what a service in the open refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from play_help import assert_error, create, eventually, step
+from starlette.websockets import WebSocketDisconnect
+
+from serving import worlds
+from serving.__main__ import main
+from serving.clients import Clients
+from serving.settings import Settings
+
+Serve = Callable[..., TestClient]
+
+
+def hashed(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> str:
+    file = tmp_path / "keys.toml"
+    file.write_text(
+        f'[ada]\nsha256 = "{hashed("ada-key")}"\n'
+        f'[bob]\nsha256 = "{hashed("bob-key")}"\nsessions = 1\nsteps_per_minute = 3\n'
+    )
+    return str(file)
+
+
+# ---- keys
+
+
+def test_without_a_key_nothing_is_shown_but_health(serve: Serve, keys: str) -> None:
+    client = serve(api_keys=keys)
+    for path in ("/", "/web/play.js", "/docs", "/openapi.json", "/v1/model", "/v1/sessions/x"):
+        answer = client.get(path)
+        assert_error(answer, 401, "unauthorized", "Authorization: Bearer")
+        assert answer.headers["www-authenticate"].startswith("Basic ")
+    for path in ("/healthz", "/readyz", "/metrics"):
+        assert client.get(path).status_code == 200
+    for wrong in ("Bearer bob", "Bearer", "Basic !!", "Basic Ym9i", "Digest bob-key", f"Bearer {hashed('bob-key')}"):
+        assert client.get("/v1/model", headers={"Authorization": wrong}).status_code == 401
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect("/v1/sessions/x/play"):
+        pass
+
+
+def test_a_key_opens_everything_as_a_token_or_as_a_password(serve: Serve, keys: str) -> None:
+    client = serve(api_keys=keys)
+    assert client.get("/v1/model", auth=("anybody", "ada-key")).status_code == 200
+    client.headers["Authorization"] = "Bearer ada-key"
+    session = create(client)
+    assert step(client, session, 0).status_code == 200
+    assert client.get("/").status_code == 200
+    with client.websocket_connect(f"/v1/sessions/{session}/play") as live:
+        live.receive_bytes()
+
+
+def test_every_key_has_its_own_quota(serve: Serve, keys: str) -> None:
+    client = serve(api_keys=keys, client_sessions=2)
+    ada, bob = {"Authorization": "Bearer ada-key"}, {"Authorization": "Bearer bob-key"}
+    start = {"start_frame": "00"}
+    session = client.post("/v1/sessions", data=start, headers=bob).json()["id"]
+    refused = client.post("/v1/sessions", data=start, headers=bob)
+    assert_error(refused, 429, "too_many_sessions_of_client", "at most 1 sessions")
+    assert 0 < int(refused.headers["retry-after"]) <= 900
+    assert client.post(f"/v1/sessions/{session}/branch", json={"t": 0}, headers=bob).status_code == 429
+    assert [client.post("/v1/sessions", data=start, headers=ada).status_code for _ in range(3)] == [201, 201, 429]
+
+    here = f"/v1/sessions/{session}/step"
+    assert client.post(here, json={"actions": [0, 0]}, headers=bob).status_code == 200
+    refused = client.post(here, json={"actions": [0, 0]}, headers=bob)
+    assert_error(refused, 429, "too_many_requests", "3 steps a minute")
+    assert 0 < int(refused.headers["retry-after"]) <= 60
+    with client.websocket_connect(f"/v1/sessions/{session}/play", headers=bob) as live:
+        live.receive_bytes()
+        for _ in range(2):
+            live.send_text(json.dumps({"action": 0}))
+        live.receive_bytes()
+        assert live.receive_json()["code"] == "too_many_requests"
+    assert client.post(here, json={"action": 0}, headers=ada).status_code == 200, "whoever knows a session plays it"
+
+    client.delete(f"/v1/sessions/{session}", headers=bob)
+    assert client.post("/v1/sessions", data=start, headers=bob).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "nobody could play"),
+        ("[ada", "cannot be read"),
+        ("[ada]\n", "ada.sha256"),
+        ('[ada]\nsha256 = "ada-key"\n', "ada.sha256"),
+        (f'[ada]\nsha256 = "{hashed("x")}"\nstep_per_minute = 3\n', "step_per_minute"),
+        ("ada = 3\n", "ada"),
+    ],
+)
+def test_a_file_of_keys_that_is_none_is_refused_at_the_start(
+    text: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(text)
+    assert main(["--api-keys", str(file), "--wait", "--port", "0"]) == 1
+    said = capsys.readouterr().err
+    assert word in said
+    assert "ada-key" not in said
+    assert said.count("\n") == 1
+    with pytest.raises(ValueError, match="cannot be read"):
+        Clients(Settings(api_keys=str(tmp_path / "none.toml")))
+
+
+# ---- limits without keys
+
+
+def test_addresses_are_clients_and_a_household_is_one() -> None:
+    clients = Clients(Settings())
+    names = [clients.of("", address).name for address in ("10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2:3")]
+    assert names == ["10.0.0.1", "10.0.0.2", "2001:db8::/64", "2001:db8::/64"]
+    assert clients.of("", "fe80::1%eth0").name == "fe80::/64"
+
+
+def test_worlds_are_counted_for_every_client(serve: Serve) -> None:
+    client = serve(client_worlds_per_minute=2)
+    form = {"start_frame": "00", "actions": "0"}
+    assert client.post("/v1/rollouts", data=form).status_code == 200
+    create(client)
+    for path in ("/v1/rollouts", "/v1/sessions"):
+        assert_error(client.post(path, data=form), 429, "too_many_requests", "2 worlds a minute")
+
+
+def test_rollouts_that_wait_are_few(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve(max_rollouts=2)
+    go, form = threading.Event(), {"start_frame": "00", "actions": "0,1"}
+    genie = client.app.state.engine.model.genie  # type: ignore[attr-defined]
+    start = genie.start
+    monkeypatch.setattr(genie, "start", lambda *args, **kwargs: (go.wait(10), start(*args, **kwargs))[1])
+    with ThreadPoolExecutor(5) as pool:
+        answers = [pool.submit(client.post, "/v1/rollouts", data=form) for _ in range(5)]
+        eventually(lambda: sum(answer.done() for answer in answers) == 3)
+        go.set()
+        statuses = [answer.result().status_code for answer in answers]
+    assert sorted(statuses) == [200, 200, 429, 429, 429]
+
+
+def test_a_step_that_waits_too_long_is_refused_and_safe_to_send_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = serve(max_step_seconds=0.3)
+    slow, other = create(client), create(client)
+    go, together = threading.Event(), worlds.step
+    monkeypatch.setattr(worlds, "step", lambda *args: (go.wait(10), together(*args))[1])
+    with ThreadPoolExecutor(2) as pool:
+        in_pass = pool.submit(client.post, f"/v1/sessions/{slow}/step", json={"action": 1, "step": 1})
+        eventually(lambda: client.app.state.engine.num_waiting == 0 and not in_pass.done())  # type: ignore[attr-defined]
+        time.sleep(0.1)
+        queued = pool.submit(client.post, f"/v1/sessions/{other}/step", json={"action": 1, "step": 1})
+        for answer in (in_pass.result(), queued.result()):
+            assert_error(answer, 503, "step_too_slow", "send it again")
+            assert int(answer.headers["retry-after"]) > 0
+    go.set()
+    eventually(lambda: client.get(f"/v1/sessions/{slow}").json()["steps"] == 1)
+    assert client.get(f"/v1/sessions/{other}").json()["steps"] == 0, "what was still queued is not taken"
+    for session in (slow, other):
+        again = client.post(f"/v1/sessions/{session}/step", json={"action": 1, "step": 1})
+        assert (again.status_code, again.headers["x-steps"]) == (200, "1")
+
+
+# ---- a service of its own, to which one can be rude
+
+
+@pytest.fixture
+def address(serve: Serve) -> Iterator[Callable[..., tuple[str, int]]]:
+    servers: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(**settings: object) -> tuple[str, int]:
+        client = serve(**settings)
+        server = uvicorn.Server(uvicorn.Config(client.app, port=0, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        servers.append((server, thread))
+        eventually(lambda: server.started)
+        return server.servers[0].sockets[0].getsockname()[:2]
+
+    yield start
+    for server, thread in servers:
+        server.should_exit = True
+        thread.join(10)
+
+
+def test_an_upload_that_dawdles_is_refused(address: Callable[..., tuple[str, int]]) -> None:
+    began = time.monotonic()
+    with socket.create_connection(address(max_upload_seconds=0.5), timeout=10) as connection:
+        connection.sendall(
+            b"POST /v1/actions/infer HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+        )
+        answer = connection.recv(10_000)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"upload_too_slow" in answer
+    assert time.monotonic() - began < 8
+
+
+# ---- other sites' pages
+
+
+def test_other_sites_play_only_where_they_are_named(serve: Serve) -> None:
+    here, there = {"Origin": "https://good.example"}, {"Origin": "https://bad.example"}
+    client = serve(cors_origins="https://good.example,https://fine.example")
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    preflight = client.options("/v1/sessions", headers=here | asked)
+    assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, "https://good.example")
+    answer = client.get("/v1/model", headers=here)
+    assert answer.headers["access-control-allow-origin"] == "https://good.example"
+    assert "X-Steps" in answer.headers["access-control-expose-headers"]
+    assert "access-control-allow-origin" not in client.get("/v1/model", headers=there).headers
+    session = create(client)
+    for allowed in (here, {"Origin": "http://testserver"}, {}):
+        with client.websocket_connect(f"/v1/sessions/{session}/play", headers=allowed) as live:
+            live.receive_bytes()
+    for refused in (there, {"Origin": "null"}):
+        with (
+            pytest.raises(WebSocketDisconnect),
+            client.websocket_connect(f"/v1/sessions/{session}/play", headers=refused),
+        ):
+            pass
+    assert "access-control-allow-origin" not in serve().get("/v1/model", headers=here).headers
+
+
+def test_a_refusal_can_be_read_by_the_sites_that_may_play(serve: Serve, keys: str) -> None:
+    client = serve(api_keys=keys, cors_origins="https://good.example")
+    refused = client.get("/v1/model", headers={"Origin": "https://good.example"})
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://good.example")
+
+
+def test_every_answer_is_what_it_says_and_the_page_loads_nothing_from_elsewhere(serve: Serve) -> None:
+    client = serve()
+    for path in ("/", "/web/play.js", "/v1/model", "/nowhere", "/docs"):
+        headers = client.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert ("content-security-policy" in headers) == (path != "/docs")
+
+
+# ---- what nobody expected
+
+
+def test_an_unexpected_error_is_answered_and_logged_with_the_request_s_number(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = serve()
+    session = create(client)
+    monkeypatch.setattr(client.app.state.engine._keeper, "past_frames", lambda *args: 1 / 0)  # type: ignore[attr-defined]
+    with caplog.at_level(logging.ERROR):
+        answer = client.get(f"/v1/sessions/{session}/frames/0", headers={"X-Request-ID": "my-number"})
+    assert_error(answer, 500, "internal", "X-Request-ID")
+    assert answer.headers["x-request-id"] == "my-number"
+    failed = next(record for record in caplog.records if record.exc_info)
+    assert failed.request_id == "my-number"  # type: ignore[attr-defined]
+    assert "division" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    ['{"action": true}', '{"action": "1"}', '{"action": 1.0}', '{"action": 1e9}', f'{{"action": {10**30}}}',
+     '{"action": 0, "step": -1}', '{"action": 0, "stepp": 1}', f'{{"action": 0, "step": {10**30}}}', "[0]", "null"],
+)  # fmt: skip
+def test_a_body_is_taken_at_its_word(serve: Serve, body: str) -> None:
+    client = serve()
+    session = create(client)
+    answer = client.post(f"/v1/sessions/{session}/step", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (409, 422)
+    assert client.get(f"/v1/sessions/{session}").json()["steps"] == 0
+    assert_error(client.get(f"/v1/sessions/{session}/frames/{10**30}"), 422, "invalid_request")
+
+
+def test_a_pass_of_the_model_is_a_span(serve: Serve) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    client = serve()
+    step(client, create(client), 0)
+    spans = [span for span in exporter.get_finished_spans() if span.name == "pass of the model"]
+    assert spans[-1].attributes == {"worlds": 1}
