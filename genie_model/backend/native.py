@@ -39,9 +39,13 @@ def inputs(frames_BTHWC: NDArray[np.uint8], codes_BTNC: NDArray[np.int64] | None
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what a step frees, instead of returning it to the kernel and faulting it in again."""
+    """Lets glibc keep what a step frees, instead of returning it to the kernel and faulting it in again.
+
+    All threads share it: a service's memory would grow for hours while each of its many threads kept its own.
+    """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        m_trim_threshold, m_mmap_threshold = -1, -3
+        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+        libc.mallopt(m_arena_max, 1)
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, 1 << 30)

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from play_help import Registry, assert_error, create, pixels, play, step
@@ -182,6 +183,27 @@ def test_an_idle_world_lets_go_of_those_it_stepped_beside(serve: Serve, monkeypa
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert [step(client, sessions[2], action).content for action in (1, 2)] == undisturbed
+
+
+def test_a_state_that_most_have_left_is_let_go(serve: Serve) -> None:
+    client = serve()
+    genie = client.app.state.engine.model.genie  # type: ignore[attr-defined]
+    prompt = torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8)
+    group = [World(genie.start(prompt, seed=seed)) for seed in range(5)]
+    sampling = genie.config.sampling
+    worlds.step(genie, group, [0] * 5, sampling)
+    shared = group[0].state
+    assert all(world.state is shared for world in group)
+    worlds.step(genie, group[:2], [1, 1], sampling)
+    assert all(world.state is shared for world in group[2:]), "three of five: the larger part"
+    del group[2]
+    worlds.step(genie, [*group[:2], group[2]], [2, 2, 2], sampling)
+    assert [len(world.state.seeds) for world in group] == [3, 3, 3, 1]
+    alone = World(genie.start(prompt, seed=4))
+    for action in (0, 3):
+        (expected_HWC, _), *_ = worlds.step(genie, [alone], [action], sampling)
+    (last_HWC, _), *_ = worlds.step(genie, [group[3]], [3], sampling)
+    assert np.array_equal(last_HWC, expected_HWC)
 
 
 def test_a_parked_session_that_ended_elsewhere_disturbs_no_other(serve: Serve) -> None:
