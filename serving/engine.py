@@ -29,7 +29,9 @@ from serving.errors import (
     BusyError,
     NotReadyError,
     PassFailedError,
+    ServiceError,
     SessionMovedError,
+    StoreError,
     TooManySessionsError,
     UnknownSessionError,
 )
@@ -39,7 +41,7 @@ from serving.model import LoadedModel, ModelSource, load, warm
 from serving.schemas import ModelVersionInfo
 from serving.sessions import ENDED, Keeper, Session
 from serving.settings import Settings
-from serving.store import SessionStore
+from serving.store import open_store
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -66,11 +68,11 @@ class Engine:
     """Follows the champion and plays sessions."""
 
     def __init__(self, settings: Settings, source: ModelSource, metrics: Metrics) -> None:
-        """Raises ValueError when the store's file cannot be used."""
+        """Raises ValueError when the store cannot be used."""
         self._metrics = metrics
         self._settings = settings
         self._source = source
-        self._keeper = Keeper(SessionStore(settings.session_store), source)
+        self._keeper = Keeper(open_store(settings.session_store, settings.idle_seconds), source)
         self._model: LoadedModel | None = None
         self._problem = "the model is loading"
         self._sessions: dict[str, Session] = {}
@@ -186,9 +188,7 @@ class Engine:
         session.waiting += 1
         try:
             async with session.lock:
-                if session.id not in self._sessions:
-                    raise UnknownSessionError(ENDED)
-                if self._sessions[session.id] is not session:
+                if self._sessions.get(session.id) is not session:
                     raise SessionMovedError(_ELSEWHERE)
                 if expected is not None and expected != session.steps + 1:
                     if expected == session.steps > 0 and action == session.last_action:
@@ -214,6 +214,10 @@ class Engine:
             actions, began = [step.action for step in batch], time.perf_counter()
             try:
                 frames = await self._run(partial(self._keeper.step, [step.session for step in batch], actions))
+            except StoreError as error:  # the store alone knows whether the step is in
+                for step in batch:
+                    self._forget(step, error)
+                continue
             except Exception:  # the tokens in the store bring their worlds back
                 log.exception("a pass of the model failed")
                 for step in batch:
@@ -224,16 +228,21 @@ class Engine:
             self._measured(batch, began, time.perf_counter())
             for step, frame_HWC in zip(batch, frames, strict=True):
                 if frame_HWC is None:
-                    if self._sessions.get(step.session.id) is step.session:
-                        del self._sessions[step.session.id]  # whoever asks for it next finds what the store has
-                    if not step.done.done():
-                        step.done.set_exception(SessionMovedError(_ELSEWHERE))
+                    self._forget(step, SessionMovedError(_ELSEWHERE))
                     continue
                 step.session.frame_HWC, step.session.last_action = frame_HWC, step.action
                 step.session.steps += 1
                 step.session.last_used = time.monotonic()
                 if not step.done.done():  # its player may have gone
                     step.done.set_result(frame_HWC)
+
+    def _forget(self, step: _Step, error: ServiceError) -> None:
+        """Its session is open no more: whoever asks for it next finds what the store has."""
+        if self._sessions.get(step.session.id) is step.session:
+            del self._sessions[step.session.id]
+        step.session.world = None  # it may be ahead of the store
+        if not step.done.done():
+            step.done.set_exception(error)
 
     def _measured(self, batch: list[_Step], began: float, ended: float) -> None:
         metrics = self._metrics
@@ -346,8 +355,7 @@ class Engine:
                 async with session.lock:
                     shrink = self._keeper.park if idle > _PARK_SECONDS else self._keeper.leave_batch
                     await self._run(partial(shrink, session))
-        oldest = time.time() - self._settings.idle_seconds
-        await self._run(partial(self._keeper.store.delete_unused, oldest, frozenset(self._sessions)))
+        await self._run(self._keeper.store.delete_expired)
 
     async def _gather(self) -> None:
         """Waits a moment for players who just got a frame: their next step would come right after the pass began."""

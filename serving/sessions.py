@@ -142,14 +142,15 @@ class Keeper:
 
     def reopen(self, session_id: str) -> Session:
         """One that a process left in the store. Raises UnknownSessionError, NotReadyError without its model."""
-        record = self.store.record(session_id)
-        if record is None:
+        found = self.store.reopen(session_id)
+        if found is None:
             raise UnknownSessionError(ENDED)
+        record, length = found
         version = FolderVersion(record.name, record.version, record.run_id, record.folder)
         model = self.models.get(identity(version)) or self._load_again(version)
         self.models[model.identity] = model
         sampling = SamplingConfig.model_validate_json(record.sampling)
-        steps = self.store.length(session_id) - 1
+        steps = length - 1
         session = Session(record.id, model, record.seed, sampling, frame_from_png(record.prompt), steps=steps)
         session.frame_HWC = self.past_frames(session, steps, steps + 1)[0]
         session.last_action = self._kept(session, steps, steps + 1)[0].action
