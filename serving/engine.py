@@ -30,8 +30,10 @@ from serving.errors import (
     BadRequestError,
     NotReadyError,
     PassFailedError,
+    ServiceError,
     SessionMovedError,
     SlowStepError,
+    StoreError,
     TooManyRequestsError,
     TooManySessionsError,
     TooManySessionsOfClientError,
@@ -44,7 +46,7 @@ from serving.models import Models
 from serving.schemas import ModelVersionInfo
 from serving.sessions import ENDED, Keeper, Session
 from serving.settings import Settings
-from serving.store import SessionStore
+from serving.store import open_store
 from serving.traces import tracer
 
 log = logging.getLogger(__name__)
@@ -72,10 +74,10 @@ class Engine:
     """Follows the champion and plays sessions."""
 
     def __init__(self, settings: Settings, source: ModelSource, metrics: Metrics) -> None:
-        """Raises ValueError when the store's file cannot be used."""
+        """Raises ValueError when the store cannot be used."""
         self._metrics = metrics
         self._settings = settings
-        self._keeper = Keeper(SessionStore(settings.session_store), settings.threads)
+        self._keeper = Keeper(open_store(settings.session_store, settings.idle_seconds), settings.threads)
         self._sessions: dict[str, Session] = {}
         self._starting = Counter[str]()  # sessions about to be open, of each client
         self._steps: list[_Step] = []
@@ -134,9 +136,9 @@ class Engine:
         """One that is open, or that another process left in the store. Raises UnknownSessionError."""
         if session_id not in self._sessions:
             with self._place(client):
-                record = await self._run(partial(self._keeper.record, session_id))
+                record, length = await self._run(partial(self._keeper.found, session_id))
                 model = await self._load(partial(self.models.of_session, record.model))
-                found = await self._run(partial(self._keeper.reopen, record, model))
+                found = await self._run(partial(self._keeper.reopen, record, length, model))
                 found.owner = client.name
             self._sessions.setdefault(session_id, found)
         return self._sessions[session_id]
@@ -191,9 +193,7 @@ class Engine:
         waiting: _Step | None = None
         try:
             async with asyncio.timeout(self._settings.max_step_seconds), session.lock:
-                if session.id not in self._sessions:
-                    raise UnknownSessionError(ENDED)
-                if self._sessions[session.id] is not session:
+                if self._sessions.get(session.id) is not session:
                     raise SessionMovedError(_ELSEWHERE)
                 taken = 0 if expected is None else session.steps + 1 - expected
                 if taken and not (0 < taken <= len(actions) and await self._took(session, actions[:taken])):
@@ -231,6 +231,10 @@ class Engine:
             try:
                 with tracer.start_as_current_span("pass of the model", attributes={"worlds": len(batch)}):
                     frames = await self._run(partial(self._keeper.step, [step.session for step in batch], actions))
+            except StoreError as error:  # the store alone knows whether the step is in
+                for step in batch:
+                    self._forget(step, error)
+                continue
             except Exception:  # the tokens in the store bring their worlds back
                 log.exception("a pass of the model failed")
                 for step in batch:
@@ -242,16 +246,21 @@ class Engine:
             self._measured(batch, began, self._pass_ended)
             for step, frame_HWC in zip(batch, frames, strict=True):
                 if frame_HWC is None:
-                    if self._sessions.get(step.session.id) is step.session:
-                        del self._sessions[step.session.id]  # whoever asks for it next finds what the store has
-                    if not step.done.done():
-                        step.done.set_exception(SessionMovedError(_ELSEWHERE))
+                    self._forget(step, SessionMovedError(_ELSEWHERE))
                     continue
                 step.session.frame_HWC = frame_HWC
                 step.session.steps += 1
                 step.session.last_used = time.monotonic()
                 if not step.done.done():  # its player may have gone
                     step.done.set_result(None)
+
+    def _forget(self, step: _Step, error: ServiceError) -> None:
+        """Its session is open no more: whoever asks for it next finds what the store has."""
+        if self._sessions.get(step.session.id) is step.session:
+            del self._sessions[step.session.id]
+        step.session.world = None  # it may be ahead of the store
+        if not step.done.done():
+            step.done.set_exception(error)
 
     def _measured(self, batch: list[_Step], began: float, ended: float) -> None:
         metrics = self._metrics
@@ -379,8 +388,7 @@ class Engine:
                 async with session.lock:
                     shrink = self._keeper.park if idle > _PARK_SECONDS else self._keeper.leave_batch
                     await self._run(partial(shrink, session))
-        oldest = time.time() - self._settings.idle_seconds
-        await self._run(partial(self._keeper.store.delete_unused, oldest, frozenset(self._sessions)))
+        await self._run(self._keeper.store.delete_expired)
 
     async def _gather(self) -> None:
         """Waits a moment for players who just got a frame: their next step would come right after the pass began."""

@@ -86,6 +86,15 @@ class TooManyVersionsError(ServiceError):
     status, code, retry_after_seconds = 503, "too_many_versions", 30
 
 
+class StoreError(ServiceError):
+    """The store of sessions does not answer, or cannot write; its reason is in the log."""
+
+    status, code, retry_after_seconds = 503, "store_unavailable", 2
+
+    def __init__(self) -> None:
+        super().__init__("sessions cannot be reached at the moment: send the same again soon")
+
+
 class TooManySessionsError(ServiceError):
     status, code, retry_after_seconds = 503, "too_many_sessions", 30
 

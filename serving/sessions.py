@@ -122,29 +122,28 @@ class Keeper:
         frames_THWC = genie.pictures(torch.from_numpy(np.stack([f.codes_NC for f in kept]).astype(np.int64))[None])[0]
         frames = frames_THWC.numpy()[start - kept[0].t :]
         if start == 0:
-            frames[0] = frame_from_png(self.record(session.id).prompt)
+            frames[0] = frame_from_png(self._prompt(session))
         return frames
 
     def branch(self, session: Session, t: int, new_id: str) -> Session:
         """A new session with this one's frames 0..t. Raises UnknownSessionError."""
-        kept, record = self._kept(session, 0, t + 1), self.record(session.id)
+        kept = self._kept(session, 0, t + 1)
         branch = Session(new_id, session.model, session.seed, session.sampling, session.frame_HWC, steps=t)
         branch.frame_HWC = self.past_frames(session, t, t + 1)[0]
         copies = [Frame(new_id, frame.t, frame.action, frame.codes_NC) for frame in kept]
-        self.store.create(self._record(branch, record.prompt), copies)
+        self.store.create(self._record(branch, self._prompt(session)), copies)
         return branch
 
-    def record(self, session_id: str) -> SessionRecord:
-        """What a process left in the store. Raises UnknownSessionError."""
-        record = self.store.record(session_id)
-        if record is None:
+    def found(self, session_id: str) -> tuple[SessionRecord, int]:
+        """What a process left in the store, and how many frames there are of it. Raises UnknownSessionError."""
+        found = self.store.reopen(session_id)
+        if found is None:
             raise UnknownSessionError(ENDED)
-        return record
+        return found
 
-    def reopen(self, record: SessionRecord, model: LoadedModel) -> Session:
-        """The session of a record. Raises UnknownSessionError where it ended meanwhile."""
-        sampling = SamplingConfig.model_validate_json(record.sampling)
-        steps = self.store.length(record.id) - 1
+    def reopen(self, record: SessionRecord, length: int, model: LoadedModel) -> Session:
+        """The session that was found. Raises UnknownSessionError where it ended meanwhile."""
+        sampling, steps = SamplingConfig.model_validate_json(record.sampling), length - 1
         session = Session(record.id, model, record.seed, sampling, frame_from_png(record.prompt), steps=steps)
         session.frame_HWC = self.past_frames(session, steps, steps + 1)[0]
         return session
@@ -160,6 +159,12 @@ class Keeper:
         if len(found) < stop - start:
             raise UnknownSessionError(ENDED)
         return found
+
+    def _prompt(self, session: Session) -> bytes:
+        record = self.store.record(session.id)
+        if record is None:
+            raise UnknownSessionError(ENDED)
+        return record.prompt
 
     def _record(self, session: Session, prompt: bytes) -> SessionRecord:
         info = session.model.info

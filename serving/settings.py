@@ -35,7 +35,9 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field("text", description="json: a line of JSON for every request and event")
     session_store: str = Field(
         default_factory=lambda: str(cache_dir() / "sessions.db"),
-        description="a file that keeps sessions beyond the process; :memory: keeps none (default: in the user's cache)",
+        repr=False,  # a password may be in it
+        description="what keeps sessions beyond the process: a file (default: in the user's cache), or for several"
+        " replicas the redis://, rediss:// or unix:// URL of a Redis; :memory: keeps none",
     )
     threads: int = Field(
         os.cpu_count() or 2, ge=1, description="of the model; with one or two players it leaves one core to requests"

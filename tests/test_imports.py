@@ -14,6 +14,7 @@ LAYERS = ["config", "layers", ("tokenizer", "lam", "dynamics"), "genie", ("train
 # A library that only one place may touch.
 OWNERS = {
     "mlflow": ("genie_model/tracking/",),
+    "redis": ("serving/redis_store.py",),
     "kfp": ("components/", "pipelines/"),
     "torch_xla": ("genie_model/backend/xla.py",),
     "procgen": ("genie_model/data/coinrun.py",),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fakeredis import TcpFakeServer
 from fastapi.testclient import TestClient
 from play_help import Registry, pixels
+from redis_server import EXECUTABLE, RedisServer
 
 from serving.app import create_app
 from serving.settings import Settings
@@ -20,6 +23,35 @@ def no_sessions_kept() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GENIE_SESSION_STORE", ":memory:")
         yield
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    if EXECUTABLE is None:
+        pytest.skip("no redis-server here: install redis-server")
+    with RedisServer(tmp_path / "redis") as server:
+        yield server
+
+
+@pytest.fixture
+def fake_redis() -> Iterator[str]:
+    """The URL of one that needs no redis-server."""
+    server = TcpFakeServer(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"redis://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(params=["sqlite", "fake redis", "redis"])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """What `session_store` names, of each kind."""
+    if request.param == "redis":
+        server: RedisServer = request.getfixturevalue("redis_server")
+        return server.url
+    return str(tmp_path / "sessions.db" if request.param == "sqlite" else request.getfixturevalue("fake_redis"))
 
 
 @pytest.fixture(scope="session")

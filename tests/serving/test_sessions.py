@@ -20,7 +20,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from play_help import Registry, assert_error, create, pixels, play, step
+from play_help import Registry, assert_error, create, nearly, pixels, play, step
 
 from serving import worlds
 from serving.engine import Engine
@@ -35,11 +35,6 @@ def frame(client: TestClient, session: str, t: int) -> np.ndarray:
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-steps"] == str(t)
     return pixels(answer.content)
-
-
-def nearly(a: np.ndarray, b: np.ndarray) -> bool:
-    """Up to how a number is rounded to a byte: frames that are painted again come from other batches."""
-    return int(np.abs(a.astype(int) - b.astype(int)).max()) <= 1
 
 
 def test_players_share_passes_and_dream_what_they_would_alone(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,18 +235,18 @@ def test_ending_the_idle_goes_on_after_a_failure(serve: Serve, monkeypatch: pyte
     client = serve(idle_seconds=0.2)
     session, failed = create(client), threading.Event()
     store = client.app.state.engine._keeper.store  # type: ignore[attr-defined]
-    delete_unused = store.delete_unused
+    delete_expired = store.delete_expired
 
-    def fail_once(*asked: object) -> None:
+    def fail_once() -> None:
         if not failed.is_set():
             failed.set()
             raise OSError("no space left")
-        delete_unused(*asked)
+        delete_expired()
 
-    monkeypatch.setattr(store, "delete_unused", fail_once)
+    monkeypatch.setattr(store, "delete_expired", fail_once)
     assert failed.wait(10)
     deadline = time.monotonic() + 10
-    while store.record(session):
+    while store._db.execute("SELECT 1 FROM sessions WHERE id = ?", (session,)).fetchone():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -307,10 +302,10 @@ def test_another_machine_fetches_a_session_s_model_from_the_registry(
 
 def test_an_idle_session_ends_in_the_store_too(serve: Serve, tmp_path: Path) -> None:
     kept = {"session_store": str(tmp_path / "sessions.db")}
-    client = serve(**kept)
+    client = serve(**kept, idle_seconds=0.2)
     session = create(client)
     client.__exit__(None, None, None)
-    client = serve(**kept, idle_seconds=0.2)
+    client = serve(**kept)
     deadline = time.monotonic() + 10
     while client.app.state.engine._keeper.store.record(session):  # type: ignore[attr-defined]
         assert time.monotonic() < deadline
@@ -318,13 +313,17 @@ def test_an_idle_session_ends_in_the_store_too(serve: Serve, tmp_path: Path) -> 
     assert_error(step(client, session, 0), 404, "unknown_session")
 
 
-def test_a_kill_at_any_moment_loses_no_step_and_repeats_none(model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_a_kill_at_any_moment_loses_no_step_and_repeats_none(
+    kind: str, model_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """A player who sends a step again after a lost answer plays on as if nothing had been."""
+    store = request.getfixturevalue("redis_server").url if kind == "redis" else str(tmp_path / "sessions.db")
     moments = np.random.default_rng(0).uniform(0, 0.25, int(os.environ.get("GENIE_TEST_KILLS", "3")))
     actions = [int(a) for a in np.random.default_rng(1).integers(4, size=12 * (len(moments) + 1))]
-    with Served(model_folder, tmp_path / "calm.db") as served:
+    with Served(model_folder, ":memory:") as served:
         calm = served.play(served.create(), actions)
-    served = Served(model_folder, tmp_path / "sessions.db")
+    served = Served(model_folder, store)
     with served:
         session = served.create()
     frames: list[bytes] = []
@@ -344,9 +343,9 @@ def test_a_kill_at_any_moment_loses_no_step_and_repeats_none(model_folder: Path,
 class Served:
     """The service as a process of its own, started anew by every `with`."""
 
-    def __init__(self, model_folder: Path, store: Path) -> None:
+    def __init__(self, model_folder: Path, store: str) -> None:
         self._command = [sys.executable, "-m", "serving", "--port", "0", "--model-uri", str(model_folder)]
-        self._command += ["--session-store", str(store)]
+        self._command += ["--session-store", store]
 
     def __enter__(self) -> Served:
         self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
