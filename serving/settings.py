@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     api_keys: str | None = Field(
         None,
         description="a TOML file of who may play: a table [name] each with sha256 = the key's "
-        "(printf %%s KEY | sha256sum), and, if they differ, sessions and steps_per_minute",
+        "(printf %s KEY | sha256sum), and, if they differ, sessions and steps_per_minute",
     )
     client_sessions: int = Field(8, ge=0, description="sessions that one client may have open; 0: any number")
     client_steps_per_minute: int = Field(6000, ge=0, description="steps that one client may take; 0: any number")
