@@ -73,7 +73,7 @@ def library_frames_per_second(genie: Genie, worlds: int, seconds: float) -> floa
 
 def service(model: str, store: str, players: int, seconds: float) -> dict[str, float]:
     command = [sys.executable, "-m", "serving", "--port", "0", "--model-uri", model, "--session-store", store]
-    command += ["--client-worlds-per-minute", "0", "--client-steps-per-minute", "0"]
+    command += ["--client-sessions", "0", "--client-worlds-per-minute", "0", "--client-steps-per-minute", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import ipaddress
@@ -17,14 +16,15 @@ from pathlib import Path
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.errors import TooManyRequestsError, UnauthorizedError, answer
+from serving.errors import BadRequestError, TooManyRequestsError, UnauthorizedError, answer
 from serving.settings import Settings
 
 _OPEN = frozenset(("/healthz", "/readyz", "/metrics"))  # to probes and Prometheus, which have no keys
+_NO_KEY = hashlib.sha256(b"").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,18 @@ class Key(BaseModel):
     sessions: int | None = Field(None, ge=0)
     steps_per_minute: int | None = Field(None, ge=0)
 
+    @field_validator("sha256")
+    @classmethod
+    def _of_a_key(cls, value: str) -> str:
+        if value == _NO_KEY:  # a shell's variable was not set: everybody would be let in
+            raise ValueError("this is the hash of an empty key")
+        return value
+
 
 def read_keys(path: str) -> dict[str, Key]:
     """By name. Raises ValueError, one line, when the file cannot be used."""
     try:
-        keys = TypeAdapter(dict[str, Key]).validate_python(tomllib.loads(Path(path).read_text()))
+        keys = TypeAdapter(dict[str, Key]).validate_python(tomllib.loads(Path(path).read_text("utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"the API keys in {path} cannot be read: {error}") from None
     except ValidationError as error:
@@ -85,7 +92,7 @@ class Clients:
         raise UnauthorizedError("this service asks for an API key: send it as Authorization: Bearer KEY")
 
     def count_steps(self, client: Client, steps: int = 1) -> None:
-        """Raises TooManyRequestsError, which says when there is room again."""
+        """Raises TooManyRequestsError, which says when there is room again; BadRequestError where there never is."""
         self._count(client, "steps", client.steps_per_minute, steps)
 
     def count_worlds(self, client: Client) -> None:
@@ -93,6 +100,8 @@ class Clients:
         self._count(client, "worlds", self._settings.client_worlds_per_minute, 1)
 
     def _count(self, client: Client, what: str, most: int, times: int) -> None:
+        if 0 < most < times:
+            raise BadRequestError(f"at most {most} {what} a minute, and this asks for {times}: ask for fewer")
         limit = RateLimitItemPerMinute(most)
         asked = limit, client.name, what
         if not most or (self._limiter.test(*asked, cost=times) and self._limiter.hit(*asked, cost=times)):
@@ -129,18 +138,22 @@ class Door:
     def _of_this_page(self, headers: Mapping[str, str]) -> bool:
         """Browsers send a key along with a WebSocket that any page opens, but they say which page it was."""
         origin = headers.get("origin")
-        return not origin or origin in self.origins or origin.partition("://")[2] == headers.get("host")
+        return (
+            not origin
+            or not {origin, "*"}.isdisjoint(self.origins)
+            or origin.partition("://")[2] == headers.get("host")
+        )
 
 
 def _secret(authorization: str) -> bytes:
     """The key in a header: a Bearer's, or Basic's password, which a browser asks its user for by itself."""
     scheme, _, value = authorization.partition(" ")
     if scheme.lower() == "bearer":
-        return value.strip().encode()
+        return value.strip().encode("latin-1")  # as headers are read: these are the bytes that were sent
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).partition(b":")[2]
-        except binascii.Error:
+        except ValueError:
             return b""
     return b""
 

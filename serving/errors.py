@@ -104,6 +104,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:  # a body that FastAPI cannot read is as wrong as one with a wrong field
+            error = BadRequestError(error.detail)
         return answer(error)
 
     @app.exception_handler(RequestValidationError)

@@ -82,6 +82,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Stroke(BaseModel):
     """A line through some points, or a dot at one, with round ends."""
 
+    model_config = ConfigDict(extra="forbid")
+
     colour: Colour = "#000000"
     width: Share = Field(0.05, description="as a share of the frame's width")
     points: list[tuple[Share, Share]] = Field(
@@ -91,6 +93,8 @@ class Stroke(BaseModel):
 
 class Sketch(BaseModel):
     """A drawn prompt: a canvas of colours, and strokes upon it."""
+
+    model_config = ConfigDict(extra="forbid")
 
     canvas: list[Annotated[list[Colour], Field(min_length=1, max_length=64)]] = Field(
         [["#ffffff"]],

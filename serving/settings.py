@@ -10,6 +10,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from genie_model.files import cache_dir
 
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]  # as browsers send it: no path, no slash at its end
+
 
 class Settings(BaseSettings):
     """Flags win over environment variables, those over the defaults here."""
@@ -62,9 +64,9 @@ class Settings(BaseSettings):
         60, ge=0, description="sessions, rollouts and inferences that one client may begin; 0: any number"
     )
     trusted_proxies: str = Field(
-        "127.0.0.1", description="whose X-Forwarded-For says which client it is: addresses or networks, or *"
+        "", description="whose X-Forwarded-For says which client it is: addresses or networks, or * (default: nobody's)"
     )
-    cors_origins: Annotated[list[str], NoDecode] = Field(
+    cors_origins: Annotated[list[Origin], NoDecode] = Field(
         [], description="other sites whose pages may play, as in https://example.com,https://other.example; or *"
     )
     traces: bool = Field(False, description="send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT (extra: otel)")
@@ -74,4 +76,4 @@ class Settings(BaseSettings):
     @field_validator("cors_origins", mode="before")
     @classmethod
     def _between_commas(cls, value: object) -> object:
-        return [origin for origin in value.split(",") if origin] if isinstance(value, str) else value
+        return [origin.strip() for origin in value.split(",") if origin.strip()] if isinstance(value, str) else value

@@ -21,4 +21,7 @@ def send(app: FastAPI) -> None:
     provider = TracerProvider(resource=Resource.create({SERVICE_NAME: "genie-serving"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
-    FastAPIInstrumentor.instrument_app(app, excluded_urls="healthz,readyz,metrics")
+    # One span a request: those of every message received and sent would be two a frame on a WebSocket
+    FastAPIInstrumentor.instrument_app(
+        app, tracer_provider=provider, excluded_urls="healthz,readyz,metrics", exclude_spans=["receive", "send"]
+    )
