@@ -24,8 +24,8 @@ from serving.settings import Settings
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on PATH: install it to test the page")
 
-PICTURE = "document.querySelector('#canvas').toDataURL()"
-STEPS = "Number(document.querySelector('#steps').textContent)"
+PICTURE = "document.querySelector('.screen canvas').toDataURL()"
+STEPS = "Number(document.querySelector('.steps').textContent)"
 PREVIEWED = (
     "document.querySelectorAll('#actions img[src]').length === 4"
     " && !document.querySelector('#actions').classList.contains('stale')"
@@ -134,7 +134,7 @@ def click(page: Chromium, selector: str) -> None:
 
 
 def test_keys_play_the_world(page: Chromium) -> None:
-    assert page.evaluate("document.querySelector('#version').textContent") == "genie · version 3"
+    assert page.evaluate("document.querySelector('.version').textContent") == "genie · version 3"
     before, previews = page.evaluate(PICTURE), page.evaluate("document.querySelector('#actions').innerHTML")
 
     page.press("2")
@@ -147,7 +147,7 @@ def test_keys_play_the_world(page: Chromium) -> None:
     page.wait_until(f"{STEPS} >= 8")
     page.key_up("1")
     page.wait_until(PREVIEWED)
-    assert float(page.evaluate("document.querySelector('#rate').textContent")) > 0
+    assert float(page.evaluate("document.querySelector('.rate').textContent")) > 0
     steps = page.evaluate(STEPS)
     page.press("9")  # no such action
     page.press("R")
@@ -173,7 +173,7 @@ def test_the_keyboard_reaches_every_button(page: Chromium) -> None:
 def test_a_dropped_image_starts_a_world(page: Chromium) -> None:
     page.evaluate(DROP)
     page.wait_until(
-        "[...document.querySelector('#canvas').getContext('2d').getImageData(9, 9, 1, 1).data].join() === '0,0,0,255'"
+        "[...document.querySelector('.screen canvas').getContext('2d').getImageData(9, 9, 1, 1).data].join() === '0,0,0,255'"
     )
     page.press("3")
     page.wait_until(f"{STEPS} >= 1")
@@ -200,7 +200,7 @@ def test_the_past_is_looked_at_and_branched_from(page: Chromium, engine: Engine)
         frames.append(shown(page))
     page.wait_until(PREVIEWED)
     (old,) = engine._sessions
-    strip = "[...document.querySelectorAll('#film [role=option]')].map((option) => option.ariaLabel)"
+    strip = "[...document.querySelectorAll('#played-film [role=option]')].map((option) => option.ariaLabel)"
     assert page.evaluate(strip) == ["frame 0, the prompt", *(f"frame {t}" for t in range(1, 6))]
 
     page.press("ArrowLeft")
@@ -212,10 +212,10 @@ def test_the_past_is_looked_at_and_branched_from(page: Chromium, engine: Engine)
     assert page.evaluate(PREVIEWED)
     assert list(engine._sessions) == [old]
 
-    page.evaluate("document.querySelector('#film').focus()")
+    page.evaluate("document.querySelector('#played-film').focus()")
     page.press("Home")
     assert (shown(page) == frames[0]).all()
-    page.evaluate("document.querySelector('#film [data-t=\"2\"]').click()")
+    page.evaluate("document.querySelector('#played-film [data-t=\"2\"]').click()")
     step_to(page, "4", 3)
     wait_for(lambda: old not in engine._sessions, "the old session to end", 10)
     (new,) = engine._sessions
@@ -333,7 +333,7 @@ def test_play_goes_on_after_the_service_was_away(model_folder: Path, browser: Ch
     before = shown(browser)
     browser.press("3")
     browser.wait_until("document.querySelector('#message').textContent.includes('Trying again')")
-    assert browser.evaluate("document.querySelector('#screen').classList.contains('lost')")
+    assert browser.evaluate("document.querySelector('#worlds').classList.contains('lost')")
     assert (shown(browser) == before).all()
 
     with serving(model_folder, int(url.rpartition(":")[2]), session_store=store) as (_, engine):
