@@ -2,10 +2,10 @@
 
 import { call } from "./service.js";
 
-const HEADLINES = {   // of all held-out metrics the few that tell a player most, at their furthest horizon
-  delta_psnr_t: (t) => `Δ${t} PSNR`,
-  rollout_psnr_t: (t) => `frame ${t} PSNR`,
-  tokenizer_psnr: () => "tokenizer PSNR",
+const HEADLINES = {   // of all held-out metrics the few PSNRs that tell a player most, at their furthest horizon
+  delta_psnr_t: (t) => `Δ${t}`,
+  rollout_psnr_t: (t) => `frame ${t}`,
+  tokenizer_psnr: () => "tokenizer",
 };
 
 export class Versions {
