@@ -275,11 +275,14 @@ class Engine:
         """Of those that wait, the first, and what can share its pass: at most one step of each session."""
         batch = dict[str, _Step]()
         for step in self._steps:
-            first = self._steps[0].session
-            alike = step.session.model is first.model and step.session.sampling == first.sampling
-            if alike and len(batch) < self._settings.max_batch:
+            if self._share(step.session) and len(batch) < self._settings.max_batch:
                 batch.setdefault(step.session.id, step)
         return list(batch.values())
+
+    def _share(self, session: Session) -> bool:
+        """Whether it can step in the pass of the first that waits."""
+        first = self._steps[0].session
+        return session.model is first.model and session.sampling == first.sampling
 
     async def previews(self, session: Session, repeats: int) -> tuple[int, Pixels]:
         """The steps so far, and the frame that each action leads to when taken `repeats` times: uint8 (A, H, W, 3).
@@ -392,9 +395,10 @@ class Engine:
 
     async def _gather(self) -> None:
         """Waits a moment for players who just got a frame: their next step would come right after the pass began."""
-        while time.perf_counter() - self._pass_ended < _GATHER_SECONDS:
+        while self._steps and time.perf_counter() - self._pass_ended < _GATHER_SECONDS:
             waiting = {step.session for step in self._steps}
-            if all(session in waiting or self._sessions.get(session.id) is not session for session in self._passed):
+            to_come = (session for session in self._passed if session not in waiting and self._share(session))
+            if all(self._sessions.get(session.id) is not session for session in to_come):
                 return
             await asyncio.sleep(0.001)
 

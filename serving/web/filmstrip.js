@@ -25,12 +25,12 @@ export class Filmstrip {
 
   add(t, bitmap) {
     this.cut(t - 1);
-    this.list.append(option(t, bitmap));
+    this.list.append(this.#made(t, bitmap));
     while (this.list.childElementCount > KEPT) this.list.firstElementChild.remove();
   }
 
   /** Frame t, fetched from before the oldest that is kept. */
-  prepend(t, bitmap) { this.list.prepend(option(t, bitmap)); }
+  prepend(t, bitmap) { this.list.prepend(this.#made(t, bitmap)); }
 
   /** Frames after t are no longer this world's past. */
   cut(t) {
@@ -53,20 +53,20 @@ export class Filmstrip {
   }
 
   #option(t) { return this.list.querySelector(`[data-t="${t}"]`); }
-}
 
-function option(t, bitmap) {
-  const item = document.createElement("div");
-  const canvas = document.createElement("canvas");
-  const number = document.createElement("span");
-  item.id = `frame-${t}`;
-  item.dataset.t = t;
-  item.setAttribute("role", "option");
-  item.setAttribute("aria-label", t ? `frame ${t}` : "frame 0, the prompt");
-  item.setAttribute("aria-selected", "false");
-  [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
-  canvas.getContext("2d").drawImage(bitmap, 0, 0);
-  number.textContent = t;
-  item.append(canvas, number);
-  return item;
+  #made(t, bitmap) {
+    const item = document.createElement("div");
+    const canvas = document.createElement("canvas");
+    const number = document.createElement("span");
+    item.id = `${this.list.id}-${t}`;
+    item.dataset.t = t;
+    item.setAttribute("role", "option");
+    item.setAttribute("aria-label", t ? `frame ${t}` : "frame 0, the prompt");
+    item.setAttribute("aria-selected", "false");
+    [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
+    canvas.getContext("2d").drawImage(bitmap, 0, 0);
+    number.textContent = t;
+    item.append(canvas, number);
+    return item;
+  }
 }

@@ -1,35 +1,38 @@
-// The play page: one world at a time; a held key steps it as fast as the model answers.
+// The play page: a held key steps the world, and the one beside it, as fast as the models answer.
 
 import { Actions } from "./actions.js";
+import { Beside } from "./beside.js";
+import { followKeys, followPictures } from "./controls.js";
 import { drawingPanel } from "./draw.js";
-import { Filmstrip } from "./filmstrip.js";
 import { followGamepads } from "./pad.js";
-import { call, json, persist, picture } from "./service.js";
+import { call, persist } from "./service.js";
 import { shareAnimation } from "./share.js";
+import { Starts } from "./starts.js";
+import { Versions } from "./versions.js";
+import { title, World } from "./world.js";
 
 const PREVIEW_REPEATS = 3;
 const PREVIEW_AFTER_MS = 200;   // previews cost the model |A| frames per repeat: only when the player pauses
-const STEP_TIMEOUT_MS = 30000;  // a connection may die without a word; the step is then sent again under its number
-const KEYS = "1234567890";
+const LOOK_FOR_NEWER_MS = 15000;
 
 const $ = (id) => document.getElementById(id);
-const context = $("canvas").getContext("2d");
 
-let session = null;             // {id, model, seed, steps} as the service tells it
-let world = new AbortController();   // aborted when the player leaves for another world; a branch stays in it
-let start = null;               // what the world began from: {form, button}
-let past = null;                // the past frame on the screen, from which the next action branches
+let start = null;               // what the world began from: {image, button}
+let opening = Promise.resolve();   // the world beside it, which takes every action too
 let maxUploadBytes = Infinity;
 let held = [];                  // actions whose key or button is down; the newest is taken
 let tapped = null;              // an action pressed and not yet taken, so that the shortest tap counts
 let stepping = false;
-let frameTimes = [];            // when the frames of the present run arrived
 let previewTimer = 0;
 let previewRequest = new AbortController();
 let previewed = null;           // the step whose previews the buttons show
 
+const played = new World("played", show, insist);
+const beside = new Beside(show, lost, found);
+const versions = new Versions($("versions"), restart);
 const actions = new Actions($("actions"), $("name"), press, release);
-const film = new Filmstrip($("film"), show);
+const starts = new Starts($("starts"), begin, say);
+$("worlds").prepend(played.figure, beside.world.figure);
 
 // ---- what is said
 
@@ -38,22 +41,18 @@ function say(text, look = "") {
   $("message").className = `message ${look}`.trim();
 }
 
-function title(model) {
-  return model.run_id ? `${model.name} · version ${model.version}` : model.name;
-}
-
 function lost(error) {
-  $("screen").classList.add("lost");
+  $("worlds").classList.add("lost");
   say(`${error.message} Trying again …`, "bad");
 }
 
 function found() {
-  if (!$("screen").classList.contains("lost")) return;
-  $("screen").classList.remove("lost");
+  if (!$("worlds").classList.contains("lost")) return;
+  $("worlds").classList.remove("lost");
   say("The service is back.");
 }
 
-async function insist(request, { signal }) {
+async function insist(request, signal) {
   const answer = await persist(request, signal, lost);
   found();
   return answer;
@@ -61,96 +60,64 @@ async function insist(request, { signal }) {
 
 // ---- worlds
 
-async function begin(form, button) {
-  if (form.image && form.image.size > maxUploadBytes) {
-    return say(`This image is too large: at most ${Math.floor(maxUploadBytes / 2 ** 20)} MiB.`, "bad");
-  }
-  const body = new FormData();
-  for (const [name, value] of Object.entries(form)) body.append(name, value);
+async function begin(image, button) {
   begin.latest?.abort();
-  const mine = begin.latest = new AbortController();
-  let created, first;
+  const { signal } = begin.latest = new AbortController();
+  start ??= { image, button };   // another version may take what this one refuses
+  let created;
   try {
-    created = await insist(() => call("v1/sessions", { method: "POST", body }), mine);
-    first = await insist(() => call(`v1/sessions/${created.id}/frame`, {}, picture), mine);
+    created = await played.create({ image, version: versions.version }, signal);
   } catch (error) {
-    if (created) drop(created.id);
-    if (!mine.signal.aborted) say(error.message, "bad");
+    if (!signal.aborted) say(error.message, "bad");
     return;
   }
-  if (mine.signal.aborted) return drop(created.id);   // another was asked for meanwhile
-  end();
-  session = created;
-  world = new AbortController();
-  start = { form, button };
-  look(null);
-  frameTimes = [];
-  $("latency").textContent = $("rate").textContent = "–";
-  $("version").textContent = title(session.model);
-  actions.show(session.model);
-  for (const other of $("starts").querySelectorAll("button")) other.setAttribute("aria-pressed", String(other === button));
-  film.clear();
+  start = { image, button };
+  previewRequest.abort();
+  played.enter(created);
+  const { model } = played.session;
+  document.documentElement.style.setProperty("--aspect", model.frame_width / model.frame_height);
+  versions.show(model.version);
+  actions.show(model);
+  starts.mark(button);
+  compare();
   say("");
-  took(first);
   staleUntilPreviewed(0);
 }
 
-function end() {
-  world.abort();
-  previewRequest.abort();
-  if (session) drop(session.id);
-  session = null;
+function compare() {
+  document.body.classList.toggle("comparing", versions.beside !== "");
+  opening = beside.open(versions.beside, played);
+  played.figures(versions.beside ? versions.figures(played.session.model.version) : []);
+  beside.world.figures(versions.figures(versions.beside));
 }
 
-function drop(id) {
-  fetch(`v1/sessions/${id}`, { method: "DELETE", keepalive: true }).catch(() => {});
+function restart() {
+  if (start) begin(start.image, start.button);
+}
+
+function leave() {
+  previewRequest.abort();
+  played.leave();
+  beside.world.leave();
 }
 
 /** Only a world that the service no longer knows begins anew. */
 async function anew() {
-  const ended = session;
-  await begin(start.form, start.button);
-  if (session !== ended) say("The world had ended after a long pause: here it is anew.");
-}
-
-/** Frame t came from the service; it is shown unless the player looks back. */
-function took({ t, bitmap }) {
-  session.steps = t;
-  previewed = null;
-  film.add(t, bitmap);
-  if (past === null) paint(t);
-}
-
-function paint(t) {
-  const frame = film.frame(t);
-  const { canvas } = context;
-  if (canvas.width !== frame.width || canvas.height !== frame.height) {
-    [canvas.width, canvas.height] = [frame.width, frame.height];
-    document.documentElement.style.setProperty("--aspect", frame.width / frame.height);
-  }
-  context.drawImage(frame, 0, 0);
-  $("steps").textContent = t;
-  film.mark(t);
+  const ended = played.session;
+  await begin(start.image, start.button);
+  if (played.session !== ended) say("The world had ended after a long pause: here it is anew.");
 }
 
 // ---- looking back
 
-/** The next action branches from frame t, unless it is the newest, or null. */
-function look(t) {
-  past = t !== null && t < session.steps ? t : null;
-  $("screen").classList.toggle("past", past !== null);
-  $("newest").textContent = past === null ? "" : `/${session.steps}`;
-}
-
 function show(t) {
-  if (!session || !film.frame(t) || t === (past ?? session.steps)) return;
-  look(t);
-  paint(t);
-  if (past !== null) {
+  if (!played.session || !played.look(t)) return;
+  beside.look(t);
+  if (played.past !== null) {
     clearTimeout(previewTimer);
     previewRequest.abort();
     actions.stale(true);
-    say(`Step ${t} of ${session.steps}: the next action goes on from here.`, "quiet");
+    say(`Step ${t} of ${played.session.steps}: the next action goes on from here.`, "quiet");
   } else {
     say("");
     if (previewed === t) actions.stale(false);
@@ -159,43 +126,31 @@ function show(t) {
 }
 
 async function back() {
-  const t = (past ?? session?.steps) - 1;
-  if (t < 0 || !session) return;
-  if (t < film.oldest && !back.asking) {   // further than the strip remembers
+  const t = played.shown - 1;
+  if (!(t >= 0)) return;
+  if (t < played.film.oldest && !back.asking) {   // further than the strip remembers
+    const { signal } = played;
     back.asking = true;
-    const { id } = session;
     try {
-      const frame = await call(`v1/sessions/${id}/frames/${t}`, {}, picture);
-      if (session?.id === id && t === film.oldest - 1) film.prepend(t, frame.bitmap);
+      await played.recall(t);
+      await beside.follow((world) => world.recall(t));
     } catch (error) {
-      say(error.message, "bad");
+      if (!signal.aborted) say(error.message, "bad");
     } finally {
       back.asking = false;
     }
+    if (signal.aborted) return;
   }
   show(t);
 }
 
-const forward = () => past !== null && show(past + 1);
-const toNewest = () => past !== null && show(session.steps);
-
-/** The world goes on from frame t in a session of its own; what came after t is let go. */
-async function branch(t) {
-  const mine = world;
-  const branched = await insist(() => call(`v1/sessions/${session.id}/branch`, json({ t })), mine);
-  if (mine.signal.aborted) drop(branched.id);
-  mine.signal.throwIfAborted();
-  drop(session.id);
-  session = branched;
-  film.cut(t);
-  look(past);   // the player may have looked further back meanwhile
-  say("");
-}
+const forward = () => played.past !== null && show(played.past + 1);
+const toNewest = () => played.past !== null && show(played.session.steps);
 
 // ---- stepping
 
 function press(action) {
-  if (held.includes(action) || !session || action >= session.model.num_actions || $("draw").open) return;
+  if (held.includes(action) || !played.session || action >= played.session.model.num_actions || $("draw").open) return;
   held.push(action);
   tapped = action;
   actions.held(action);
@@ -214,17 +169,18 @@ function releaseAll() {
 
 async function run() {
   stepping = true;
-  frameTimes = [];
+  played.rest();
+  beside.world.rest();
   clearTimeout(previewTimer);
   previewRequest.abort();
-  while (session && (tapped !== null || held.length)) {
+  while (played.session && (tapped !== null || held.length)) {
     const action = tapped ?? held.at(-1);
-    const mine = world;
+    const { signal } = played;
     tapped = null;
     try {
-      await step(action);
+      await step(action, signal);
     } catch (error) {
-      if (mine.signal.aborted) continue;   // another world is played by now
+      if (signal.aborted) continue;   // another world is played by now
       releaseAll();
       if (error.status === 404) await anew();
       else if (error.status === 409) await catchUp();
@@ -233,40 +189,36 @@ async function run() {
   }
   tapped = null;
   stepping = false;
-  if (session && past === null) staleUntilPreviewed(PREVIEW_AFTER_MS);
+  if (played.session && played.past === null) staleUntilPreviewed(PREVIEW_AFTER_MS);
 }
 
-async function step(action) {
+/** One after the other: each world's latency is its own model's, and none is ahead of the played one. */
+async function step(action, signal) {
   actions.stale(true);
-  while (past !== null) await branch(past);
-  const mine = world;
-  const began = performance.now();
-  const { id, steps } = session;
-  const frame = await insist(() => call(`v1/sessions/${id}/step`, {
-    ...json({ action, step: steps + 1 }),   // the number keeps a repeated request from being taken twice
-    signal: AbortSignal.timeout(STEP_TIMEOUT_MS),
-  }, picture), mine);
-  mine.signal.throwIfAborted();
-  took(frame);
-  const now = performance.now();
-  $("latency").textContent = Math.round(now - began);
-  frameTimes = [...frameTimes.slice(-20), now];
-  if (frameTimes.length > 2) {
-    $("rate").textContent = ((frameTimes.length - 1) * 1000 / (now - frameTimes[0])).toFixed(1);
+  previewed = null;
+  await opening;
+  signal.throwIfAborted();
+  while (played.past !== null) {
+    const t = played.past;
+    await played.branch(t);
+    await beside.follow((world) => world.branch(t));
+    say("");
   }
+  await played.step(action);
+  await beside.follow((world) => world.step(action));
 }
 
-/** The service is at another step than the page: the service is right. */
 async function catchUp() {
-  const mine = world;
+  const { signal } = played;
   try {
-    const newest = await insist(() => call(`v1/sessions/${session.id}/frame`, {}, picture), mine);
-    if (newest.t > session.steps + 1) film.clear();   // what lies between was never here
-    look(null);
-    took(newest);
+    await played.catchUp();
+    await beside.follow((world) => world.catchUp());
+    await beside.follow(async (world) => {
+      if (world.session.steps !== played.session.steps) throw new Error("It is at another step by now: Restart begins both anew.");
+    });
     say("The world was elsewhere: this is where it is now.");
   } catch (error) {
-    if (!mine.signal.aborted) say(error.message, "bad");
+    if (!signal.aborted) say(error.message, "bad");
   }
 }
 
@@ -279,12 +231,11 @@ function staleUntilPreviewed(delay) {
 }
 
 async function preview() {
-  if (!session) return;
-  const mine = previewRequest = new AbortController();
-  const { signal } = mine;
-  const { id } = session;
+  if (!played.session) return;
+  const { signal } = previewRequest = new AbortController();
+  const { id } = played.session;
   try {
-    const { images, steps } = await insist(() => call(`v1/sessions/${id}/previews?repeats=${PREVIEW_REPEATS}`, { signal }), mine);
+    const { images, steps } = await insist(() => call(`v1/sessions/${id}/previews?repeats=${PREVIEW_REPEATS}`, { signal }), signal);
     if (signal.aborted) return;
     actions.pictures(images);
     actions.stale(false);
@@ -299,8 +250,8 @@ async function preview() {
 // ---- sharing
 
 async function share() {
-  if (!session) return;
-  const { id, model, steps } = session;
+  if (!played.session) return;
+  const { id, model, steps } = played.session;
   $("share").disabled = true;
   try {
     await shareAnimation(`v1/sessions/${id}/animation.gif`, `${model.name}-${steps}.gif`);
@@ -313,89 +264,63 @@ async function share() {
 
 // ---- controls
 
-function makeStartButtons(startFrames) {
-  $("sketch").before(...startFrames.map(({ name, url }) => {
-    const button = document.createElement("button");
-    const picture = document.createElement("img");
-    button.type = "button";
-    button.dataset.name = name;
-    button.setAttribute("aria-label", `start frame ${name}`);
-    picture.src = url;
-    picture.alt = "";
-    button.append(picture);
-    button.addEventListener("click", () => begin({ start_frame: name }, button));
-    return button;
-  }));
-}
-
-function nextStart() {
-  const buttons = [...$("starts").querySelectorAll("[data-name]")];
-  buttons[(buttons.indexOf(start?.button) + 1) % buttons.length]?.click();
-}
-
 function upload(image) {
-  if (image) begin({ image }, $("upload"));
+  if (!image) return;
+  if (image.size > maxUploadBytes) say(`This image is too large: at most ${Math.floor(maxUploadBytes / 2 ** 20)} MiB.`, "bad");
+  else begin(image, $("upload"));
 }
 
-const restart = () => start && begin(start.form, start.button);
-const draw = drawingPanel($("draw"), () => context.canvas, (image) => begin({ image }, $("sketch")));
-const COMMANDS = { r: restart, n: nextStart, u: () => $("file").click(), d: () => { releaseAll(); draw(); }, g: share };
-const REWINDS = { ArrowLeft: back, Backspace: back, ArrowRight: forward, Escape: toNewest };
-
-$("restart").addEventListener("click", restart);
-$("next").addEventListener("click", nextStart);
-$("share").addEventListener("click", share);
-$("sketch").addEventListener("click", COMMANDS.d);
-$("upload").addEventListener("click", COMMANDS.u);
+const openPanel = drawingPanel($("draw"), () => played.canvas, (image) => begin(image, $("sketch")));
+const BUTTONS = {
+  restart, share,
+  next: () => starts.next(),
+  upload: () => $("file").click(),
+  sketch: () => { releaseAll(); openPanel(); },
+};
+for (const [id, command] of Object.entries(BUTTONS)) $(id).addEventListener("click", command);
+followKeys(press, release, releaseAll, {
+  r: BUTTONS.restart, n: BUTTONS.next, g: BUTTONS.share, u: BUTTONS.upload, d: BUTTONS.sketch,
+  ArrowLeft: back, Backspace: back, ArrowRight: forward, Escape: toNewest,
+});
+followGamepads(press, release, (direction) => actions.ofDirection(direction));
+followPictures(upload);
 $("file").addEventListener("change", () => {
   upload($("file").files[0]);
   $("file").value = "";   // so that choosing the same file again counts
 });
-
-window.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.("input, dialog")) return;
-  if (REWINDS[event.key]) { event.preventDefault(); return REWINDS[event.key](); }
-  if (event.repeat) return;
-  const action = KEYS.indexOf(event.key);
-  if (action >= 0) press(action);
-  else COMMANDS[event.key.toLowerCase()]?.();
-});
-window.addEventListener("keyup", (event) => release(KEYS.indexOf(event.key)));
-window.addEventListener("blur", releaseAll);
-followGamepads(press, release, (direction) => actions.ofDirection(direction));
-
-window.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dropping"); });
-window.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("dropping"); });
-window.addEventListener("drop", (event) => {
-  event.preventDefault();
-  document.body.classList.remove("dropping");
-  upload(event.dataTransfer.files[0]);
-});
-window.addEventListener("paste", (event) => upload(event.clipboardData.files[0]));
-window.addEventListener("pagehide", end);
+window.addEventListener("pagehide", leave);
 window.addEventListener("pageshow", (event) => { if (event.persisted) restart(); });
 
-// A new champion serves new sessions only: say so to whoever plays an older one
-setInterval(async () => {
-  if (!session || document.hidden) return;
+// ---- newer versions
+
+/** A new champion serves new sessions only: say so to whoever plays an older one unasked. */
+async function lookForNewer() {
+  if (!played.session || document.hidden) return;
   try {
     const newest = await call("v1/model");
     found();
-    if (session && title(newest) !== title(session.model)) say(`${title(newest)} is here: Restart plays it.`);
+    if (!played.session || title(newest) === lookForNewer.last) return;
+    lookForNewer.last = title(newest);
+    await versions.load();
+    if (title(newest) === title(played.session.model)) return;
+    say(`${title(newest)} is here: ${versions.version ? "choose it above" : "Restart plays it"}.`);
   } catch (error) {
     if (error.passing) lost(error);
     else say(error.message, "bad");
   }
-}, 15000);
+}
+
+setInterval(lookForNewer, LOOK_FOR_NEWER_MS);
+document.addEventListener("visibilitychange", lookForNewer);
 
 // ---- begin
 
 async function open() {
   try {
-    const starts = await call("v1/starts");
-    maxUploadBytes = starts.max_upload_bytes;
-    makeStartButtons(starts.start_frames);
-    if (starts.start_frames.length) nextStart();
+    const [{ start_frames, max_upload_bytes }] = await Promise.all([call("v1/starts"), versions.load()]);
+    maxUploadBytes = max_upload_bytes;
+    starts.show(start_frames);
+    if (start_frames.length) starts.next();
     else say("This model brought no start frames: drop an image on the page, draw one with D, or choose one with U.");
   } catch (error) {
     say(error.message, "bad");

@@ -2,13 +2,16 @@
 
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 8000;
+const FULL = ["too_many_sessions", "too_many_versions"];
 
 export class ServiceError extends Error {
   constructor(status, message, code) {
     super(message);
     this.status = status;
     // No answer, a gateway's, or a model that still loads: what was asked may be asked again
-    this.passing = status === 0 || ([502, 503, 504].includes(status) && code !== "too_many_sessions");
+    this.passing = status === 0 || ([502, 503, 504].includes(status) && !FULL.includes(code));
+    // The service itself said no, for a reason that a moment may not mend
+    this.refused = Boolean(code) && code !== "step_too_slow";
   }
 }
 
@@ -28,7 +31,8 @@ export async function call(path, options, read = (response) => response.json()) 
 
 /** What `call` reads a frame with. */
 export async function picture(response) {
-  return { t: Number(response.headers.get("X-Steps")), bitmap: await createImageBitmap(await response.blob()) };
+  const blob = await response.blob();
+  return { t: Number(response.headers.get("X-Steps")), blob, bitmap: await createImageBitmap(blob) };
 }
 
 export function json(body) {

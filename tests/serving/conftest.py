@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chromium import Chromium
 from fakeredis import TcpFakeServer
 from fastapi.testclient import TestClient
 from play_help import Registry, pixels
@@ -87,3 +88,10 @@ def serve(registry: Registry) -> Iterator[Callable[..., TestClient]]:
     yield start
     for client in clients:
         client.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Chromium]:
+    browser = Chromium()
+    yield browser
+    browser.close()

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from chromium import EXECUTABLE, Chromium, wait_for
+from page_help import PICTURE, PREVIEWED, STEPS, click, mouse, serving, shown, step_to
 from PIL import Image, ImageSequence
-from play_help import Registry, pixels
+from play_help import pixels
 
-from serving.__main__ import bind
-from serving.app import create_app
 from serving.engine import Engine
-from serving.settings import Settings
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on PATH: install it to test the page")
 
-PICTURE = "document.querySelector('#canvas').toDataURL()"
-STEPS = "Number(document.querySelector('#steps').textContent)"
-PREVIEWED = (
-    "document.querySelectorAll('#actions img[src]').length === 4"
-    " && !document.querySelector('#actions').classList.contains('stale')"
-)
 DROP = """(() => {
   const surface = new OffscreenCanvas(300, 100);
   surface.getContext("2d").fillRect(0, 0, 300, 100);
@@ -64,22 +52,6 @@ LOSE_AN_ANSWER = """(() => {
 })()"""
 
 
-@contextmanager
-def serving(model_folder: Path, port: int = 0, **settings: Any) -> Iterator[tuple[str, Engine]]:
-    """A service on `port` (0: a free one): its address and its engine."""
-    registry = Registry()
-    registry.set_alias("3", model_folder)
-    app = create_app(Settings(**settings), registry)
-    app.state.engine.models.refresh()
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-    with bind("127.0.0.1", port) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.engine
-        server.should_exit = True
-        thread.join(timeout=20)
-
-
 @pytest.fixture(scope="module")
 def service(model_folder: Path) -> Iterator[tuple[str, Engine]]:
     with serving(model_folder) as running:
@@ -96,13 +68,6 @@ def engine(service: tuple[str, Engine]) -> Engine:
     return service[1]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Chromium]:
-    browser = Chromium()
-    yield browser
-    browser.close()
-
-
 @pytest.fixture
 def page(url: str, browser: Chromium, request: pytest.FixtureRequest) -> Iterator[Chromium]:
     """The page with its previews drawn; nothing may be on the console in the end."""
@@ -112,29 +77,8 @@ def page(url: str, browser: Chromium, request: pytest.FixtureRequest) -> Iterato
     assert browser.errors == []
 
 
-def shown(page: Chromium) -> np.ndarray:
-    """The frame on the screen."""
-    return pixels(base64.b64decode(page.evaluate(PICTURE).partition(",")[2]))
-
-
-def step_to(page: Chromium, key: str, steps: int) -> None:
-    page.press(key)
-    page.wait_until(f"{STEPS} === {steps}")
-
-
-def mouse(page: Chromium, kind: str, x: float, y: float) -> None:
-    page.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
-
-
-def click(page: Chromium, selector: str) -> None:
-    """A real click in the middle of it."""
-    box = page.evaluate(f"document.querySelector({selector!r}).getBoundingClientRect().toJSON()")
-    for kind in ("mousePressed", "mouseReleased"):
-        mouse(page, kind, box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-
-
 def test_keys_play_the_world(page: Chromium) -> None:
-    assert page.evaluate("document.querySelector('#version').textContent") == "genie · version 3"
+    assert page.evaluate("document.querySelector('.version').textContent") == "genie · version 3"
     before, previews = page.evaluate(PICTURE), page.evaluate("document.querySelector('#actions').innerHTML")
 
     page.press("2")
@@ -147,7 +91,7 @@ def test_keys_play_the_world(page: Chromium) -> None:
     page.wait_until(f"{STEPS} >= 8")
     page.key_up("1")
     page.wait_until(PREVIEWED)
-    assert float(page.evaluate("document.querySelector('#rate').textContent")) > 0
+    assert float(page.evaluate("document.querySelector('.rate').textContent")) > 0
     steps = page.evaluate(STEPS)
     page.press("9")  # no such action
     page.press("R")
@@ -173,7 +117,8 @@ def test_the_keyboard_reaches_every_button(page: Chromium) -> None:
 def test_a_dropped_image_starts_a_world(page: Chromium) -> None:
     page.evaluate(DROP)
     page.wait_until(
-        "[...document.querySelector('#canvas').getContext('2d').getImageData(9, 9, 1, 1).data].join() === '0,0,0,255'"
+        "[...document.querySelector('.screen canvas').getContext('2d').getImageData(9, 9, 1, 1).data].join()"
+        " === '0,0,0,255'"
     )
     page.press("3")
     page.wait_until(f"{STEPS} >= 1")
@@ -200,7 +145,7 @@ def test_the_past_is_looked_at_and_branched_from(page: Chromium, engine: Engine)
         frames.append(shown(page))
     page.wait_until(PREVIEWED)
     (old,) = engine._sessions
-    strip = "[...document.querySelectorAll('#film [role=option]')].map((option) => option.ariaLabel)"
+    strip = "[...document.querySelectorAll('#played-film [role=option]')].map((option) => option.ariaLabel)"
     assert page.evaluate(strip) == ["frame 0, the prompt", *(f"frame {t}" for t in range(1, 6))]
 
     page.press("ArrowLeft")
@@ -212,10 +157,10 @@ def test_the_past_is_looked_at_and_branched_from(page: Chromium, engine: Engine)
     assert page.evaluate(PREVIEWED)
     assert list(engine._sessions) == [old]
 
-    page.evaluate("document.querySelector('#film').focus()")
+    page.evaluate("document.querySelector('#played-film').focus()")
     page.press("Home")
     assert (shown(page) == frames[0]).all()
-    page.evaluate("document.querySelector('#film [data-t=\"2\"]').click()")
+    page.evaluate("document.querySelector('#played-film [data-t=\"2\"]').click()")
     step_to(page, "4", 3)
     wait_for(lambda: old not in engine._sessions, "the old session to end", 10)
     (new,) = engine._sessions
@@ -333,7 +278,7 @@ def test_play_goes_on_after_the_service_was_away(model_folder: Path, browser: Ch
     before = shown(browser)
     browser.press("3")
     browser.wait_until("document.querySelector('#message').textContent.includes('Trying again')")
-    assert browser.evaluate("document.querySelector('#screen').classList.contains('lost')")
+    assert browser.evaluate("document.querySelector('#worlds').classList.contains('lost')")
     assert (shown(browser) == before).all()
 
     with serving(model_folder, int(url.rpartition(":")[2]), session_store=store) as (_, engine):
