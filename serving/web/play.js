@@ -249,16 +249,16 @@ async function preview() {
 
 // ---- sharing
 
-async function share() {
+async function share(kind) {
   if (!played.session) return;
   const { id, model, steps } = played.session;
-  $("share").disabled = true;
+  $(kind).disabled = true;
   try {
-    await shareAnimation(`v1/sessions/${id}/animation.gif`, `${model.name}-${steps}.gif`);
+    await shareAnimation(`v1/sessions/${id}/animation.${kind}`, `${model.name}-${steps}.${kind}`);
   } catch (error) {
     say(error.message, "bad");
   } finally {
-    $("share").disabled = false;
+    $(kind).disabled = false;
   }
 }
 
@@ -272,14 +272,16 @@ function upload(image) {
 
 const openPanel = drawingPanel($("draw"), () => played.canvas, (image) => begin(image, $("sketch")));
 const BUTTONS = {
-  restart, share,
+  restart,
+  gif: () => share("gif"),
+  mp4: () => share("mp4"),
   next: () => starts.next(),
   upload: () => $("file").click(),
   sketch: () => { releaseAll(); openPanel(); },
 };
 for (const [id, command] of Object.entries(BUTTONS)) $(id).addEventListener("click", command);
 followKeys(press, release, releaseAll, {
-  r: BUTTONS.restart, n: BUTTONS.next, g: BUTTONS.share, u: BUTTONS.upload, d: BUTTONS.sketch,
+  r: BUTTONS.restart, n: BUTTONS.next, g: BUTTONS.gif, m: BUTTONS.mp4, u: BUTTONS.upload, d: BUTTONS.sketch,
   ArrowLeft: back, Backspace: back, ArrowRight: forward, Escape: toNewest,
 });
 followGamepads(press, release, (direction) => actions.ofDirection(direction));

@@ -7,7 +7,7 @@ const FRAMES_PER_SECOND = 10;
 /** Hands it to the system's share sheet where there is one, else downloads it. */
 export async function shareAnimation(path, name) {
   const blob = await call(`${path}?frames_per_second=${FRAMES_PER_SECOND}`, {}, (response) => response.blob());
-  const file = new File([blob], name, { type: "image/gif" });
+  const file = new File([blob], name, { type: blob.type });
   if (!await shared(file)) download(file);
 }
 

@@ -232,10 +232,14 @@ def test_the_world_is_shared_as_an_animation(page: Chromium, tmp_path: Path) -> 
     page.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     step_to(page, "1", 1)
     step_to(page, "2", 2)
-    click(page, "#share")
+    click(page, "#gif")
     file = tmp_path / "genie-2.gif"
     wait_for(file.exists, "the download", 10)
     assert len(list(ImageSequence.Iterator(Image.open(io.BytesIO(file.read_bytes()))))) == 3
+    page.press("m")
+    film = tmp_path / "genie-2.mp4"
+    wait_for(film.exists, "the film's download", 10)
+    assert film.read_bytes()[4:8] == b"ftyp"
 
 
 def test_a_step_whose_answer_is_lost_is_not_taken_twice(page: Chromium, engine: Engine) -> None:
