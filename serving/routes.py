@@ -17,7 +17,7 @@ from genie_model.config import SamplingConfig
 from serving import images
 from serving.clients import Client, Clients
 from serving.engine import Engine
-from serving.errors import BadRequestError, UnknownStartFrameError
+from serving.errors import BadRequestError, ServiceError, UnknownStartFrameError
 from serving.images import Animation, Pixels, frame_from_sketch, frame_from_upload, picture_in, png, png_data_url
 from serving.metrics import Metrics
 from serving.model import LoadedModel
@@ -83,9 +83,11 @@ async def get_session(session_id: str, engine: EngineDep, client: ClientDep) -> 
 SessionDep = Annotated[Session, Depends(get_session)]
 
 
-@health.get("/healthz")
-async def healthz() -> dict[str, str]:
-    """The process lives."""
+@health.get("/healthz", responses={500: _PROBLEM})
+async def healthz(request: Request) -> dict[str, str]:
+    """The process lives, and can step worlds: where not, it has to be started anew."""
+    if any(task.done() for task in request.app.state.tasks):
+        raise ServiceError("what steps the worlds has ended: see the log")
     return {"status": "alive"}
 
 

@@ -326,6 +326,15 @@ def test_every_answer_is_what_it_says_and_the_page_loads_nothing_from_elsewhere(
 # ---- what nobody expected
 
 
+def test_a_service_whose_worlds_stand_still_says_so(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve(max_step_seconds=0.3)
+    session = create(client)
+    assert client.get("/healthz").status_code == 200
+    monkeypatch.setattr(client.app.state.engine, "_next_batch", lambda: 1 / 0)  # type: ignore[attr-defined]
+    assert step(client, session, 0).status_code == 503
+    assert_error(client.get("/healthz"), 500, "internal", "see the log")
+
+
 def test_an_unexpected_error_is_answered_and_logged_with_the_request_s_number(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
