@@ -14,9 +14,9 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -52,6 +52,7 @@ from serving.traces import tracer
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _ELSEWHERE = "this session ended or went on elsewhere: ask where it stands"
+_GONE = "the client left"  # for the log alone
 _FRAMES_AT_ONCE = 32  # of a past that is painted again: players step in between
 _LOAD_SECONDS = 60.0
 _PREVIEWS = 3  # requests for them that one session may have
@@ -327,19 +328,35 @@ class Engine:
             raise TooManyRequestsError(f"{self._rollouts} rollouts are being drawn: try again later", 5)
         prompt_BTHWC = torch.from_numpy(frame_HWC.copy())[None, None]
         seed = secrets.randbelow(2**31) if seed is None else seed
+        # One array from the start: small ones, kept between large ones that come and go, would tear the heap apart.
+        frames_THWC = np.empty((len(actions) + 1, *frame_HWC.shape), np.uint8)
+        frames_THWC[0] = frame_HWC
         self._rollouts += 1
         try:
-            async with self._rolling:
+            async with self._rolling_alone(gone):
                 state = await self._run(partial(model.genie.start, prompt_BTHWC, seed=seed))
-                frames = [frame_HWC]
-                for action in actions:
+                for t, action in enumerate(actions, 1):
                     if await gone():
-                        raise BadRequestError("the client left")
+                        raise BadRequestError(_GONE)
                     frame_BHWC = await self._run(partial(model.genie.step, state, torch.tensor([action]), sampling))
-                    frames.append(frame_BHWC[0].numpy())
+                    frames_THWC[t] = frame_BHWC[0].numpy()
         finally:
             self._rollouts -= 1
-        return np.stack(frames)
+        return frames_THWC
+
+    @asynccontextmanager
+    async def _rolling_alone(self, gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
+        """The turn of one rollout; whoever leaves while others are drawn gives up its place."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._rolling.acquire(), _ALONE_SECONDS)
+                break
+            if await gone():
+                raise BadRequestError(_GONE)
+        try:
+            yield
+        finally:
+            self._rolling.release()
 
     async def infer(self, model: LoadedModel, frames_THWC: Pixels) -> list[int]:
         """The latent actions between the frames."""
