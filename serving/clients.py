@@ -164,4 +164,7 @@ def _network(address: str) -> str:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return address  # a Unix socket's, or a test's
-    return str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed.version == 6 else address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return address
+    mapped = parsed.ipv4_mapped  # as an IPv4 client is named where one socket listens for both
+    return str(mapped or ipaddress.ip_network((parsed, 64), strict=False))

@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -68,6 +69,7 @@ class _Step:
     session: Session
     action: int
     done: asyncio.Future[None]
+    number: int  # that it is to get
     came: float = field(default_factory=time.perf_counter)
 
 
@@ -83,9 +85,9 @@ class Engine:
         self._starting = Counter[str]()  # sessions about to be open, of each client
         self._steps: list[_Step] = []
         self._step_came = asyncio.Event()
-        self._passed: list[Session] = []  # shared the last pass, which ended then
+        self._passed = WeakSet[Session]()  # shared the last pass, which ended then
         self._pass_ended = 0.0
-        self._rollouts, self._rolling = 0, asyncio.Semaphore(1)  # one at once: players go first
+        self._long_jobs, self._long_job = 0, asyncio.Semaphore(1)
         self.decoding = asyncio.Semaphore(2)  # uploads decoded at once: a picture of 40 megapixels takes 300 MB
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
@@ -138,7 +140,9 @@ class Engine:
         if session_id not in self._sessions:
             with self._place(client):
                 record, length = await self._run(partial(self._keeper.found, session_id))
-                model = await self._load(partial(self.models.of_session, record.model))
+                model = self.models.in_memory(record.model)
+                if model is None:
+                    model = await self._load(partial(self.models.of_session, record.model))
                 found = await self._run(partial(self._keeper.reopen, record, length, model))
                 found.owner = client.name
             self._sessions.setdefault(session_id, found)
@@ -162,7 +166,7 @@ class Engine:
         try:
             yield
         finally:
-            self._starting[client.name] -= 1
+            self._starting -= Counter([client.name])  # drops what comes to nothing
 
     async def create(
         self, model: LoadedModel, frame_HWC: Pixels, seed: int | None, sampling: SamplingConfig, client: Client
@@ -198,9 +202,11 @@ class Engine:
                     raise SessionMovedError(_ELSEWHERE)
                 taken = 0 if expected is None else session.steps + 1 - expected
                 if taken and not (0 < taken <= len(actions) and await self._took(session, actions[:taken])):
+                    if (await self._run(partial(self._keeper.found, session.id)))[1] != session.steps + 1:
+                        del self._sessions[session.id]  # another replica went on with it
                     raise SessionMovedError(f"this is not step {expected} again, and step {session.steps + 1} is next")
                 for action in actions[taken:]:
-                    waiting = _Step(session, action, asyncio.get_running_loop().create_future())
+                    waiting = _Step(session, action, asyncio.get_running_loop().create_future(), session.steps + 1)
                     self._steps.append(waiting)
                     self._step_came.set()
                     await waiting.done
@@ -222,38 +228,45 @@ class Engine:
         while True:
             await self._step_came.wait()
             await self._gather()
-            batch = self._next_batch()
-            self._steps = [step for step in self._steps if step not in batch]
-            if not self._steps:
-                self._step_came.clear()
-            if not batch:
+            await self._pass()
+
+    async def _pass(self) -> None:
+        for step in self._steps:  # one that was sent again while the pass that took it went on
+            if step.number != step.session.steps + 1 and not step.done.done():
+                step.done.set_exception(SessionMovedError(_ELSEWHERE))
+        self._steps = [step for step in self._steps if not step.done.done()]
+        batch = self._next_batch()
+        self._steps = [step for step in self._steps if step not in batch]
+        if not self._steps:
+            self._step_came.clear()
+        if not batch:
+            return
+        actions, began = [step.action for step in batch], time.perf_counter()
+        try:
+            with tracer.start_as_current_span("pass of the model", attributes={"worlds": len(batch)}):
+                frames = await self._run(partial(self._keeper.step, [step.session for step in batch], actions))
+        except StoreError as error:  # the store alone knows whether the step is in
+            for step in batch:
+                self._forget(step, error)
+            return
+        except Exception:  # the tokens in the store bring their worlds back
+            log.exception("a pass of the model failed")
+            for step in batch:
+                step.session.world = None
+                if not step.done.done():
+                    step.done.set_exception(PassFailedError("the model failed at this step: send it again"))
+            return
+        self._passed, self._pass_ended = WeakSet(step.session for step in batch), time.perf_counter()
+        self._measured(batch, began, self._pass_ended)
+        for step, frame_HWC in zip(batch, frames, strict=True):
+            if frame_HWC is None:
+                self._forget(step, SessionMovedError(_ELSEWHERE))
                 continue
-            actions, began = [step.action for step in batch], time.perf_counter()
-            try:
-                with tracer.start_as_current_span("pass of the model", attributes={"worlds": len(batch)}):
-                    frames = await self._run(partial(self._keeper.step, [step.session for step in batch], actions))
-            except StoreError as error:  # the store alone knows whether the step is in
-                for step in batch:
-                    self._forget(step, error)
-                continue
-            except Exception:  # the tokens in the store bring their worlds back
-                log.exception("a pass of the model failed")
-                for step in batch:
-                    step.session.world = None
-                    if not step.done.done():
-                        step.done.set_exception(PassFailedError("the model failed at this step: send it again"))
-                continue
-            self._passed, self._pass_ended = [step.session for step in batch], time.perf_counter()
-            self._measured(batch, began, self._pass_ended)
-            for step, frame_HWC in zip(batch, frames, strict=True):
-                if frame_HWC is None:
-                    self._forget(step, SessionMovedError(_ELSEWHERE))
-                    continue
-                step.session.frame_HWC = frame_HWC
-                step.session.steps += 1
-                step.session.last_used = time.monotonic()
-                if not step.done.done():  # its player may have gone
-                    step.done.set_result(None)
+            step.session.frame_HWC = frame_HWC
+            step.session.steps += 1
+            step.session.last_used = time.monotonic()
+            if not step.done.done():  # its player may have gone
+                step.done.set_result(None)
 
     def _forget(self, step: _Step, error: ServiceError) -> None:
         """Its session is open no more: whoever asks for it next finds what the store has."""
@@ -324,39 +337,42 @@ class Engine:
         """
         if max(actions) >= model.info.num_actions:
             raise BadRequestError(f"actions must be from 0 to {model.info.num_actions - 1}, not {max(actions)}")
-        if self._rollouts >= self._settings.max_rollouts:
-            raise TooManyRequestsError(f"{self._rollouts} rollouts are being drawn: try again later", 5)
         prompt_BTHWC = torch.from_numpy(frame_HWC.copy())[None, None]
         seed = secrets.randbelow(2**31) if seed is None else seed
         # One array from the start: small ones, kept between large ones that come and go, would tear the heap apart.
         frames_THWC = np.empty((len(actions) + 1, *frame_HWC.shape), np.uint8)
         frames_THWC[0] = frame_HWC
-        self._rollouts += 1
-        try:
-            async with self._rolling_alone(gone):
-                state = await self._run(partial(model.genie.start, prompt_BTHWC, seed=seed))
-                for t, action in enumerate(actions, 1):
-                    if await gone():
-                        raise BadRequestError(_GONE)
-                    frame_BHWC = await self._run(partial(model.genie.step, state, torch.tensor([action]), sampling))
-                    frames_THWC[t] = frame_BHWC[0].numpy()
-        finally:
-            self._rollouts -= 1
+        async with self.in_background(gone):
+            state = await self._run(partial(model.genie.start, prompt_BTHWC, seed=seed))
+            for t, action in enumerate(actions, 1):
+                if await gone():
+                    raise BadRequestError(_GONE)
+                frame_BHWC = await self._run(partial(model.genie.step, state, torch.tensor([action]), sampling))
+                frames_THWC[t] = frame_BHWC[0].numpy()
         return frames_THWC
 
     @asynccontextmanager
-    async def _rolling_alone(self, gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
-        """The turn of one rollout; whoever leaves while others are drawn gives up its place."""
-        while True:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._rolling.acquire(), _ALONE_SECONDS)
-                break
-            if await gone():
-                raise BadRequestError(_GONE)
+    async def in_background(self, gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
+        """The turn of one long job: one at a time, since players go first. Whoever leaves gives up its place.
+
+        Raises TooManyRequestsError while too many wait.
+        """
+        if self._long_jobs >= self._settings.max_rollouts:
+            raise TooManyRequestsError(f"{self._long_jobs} rollouts or animations are being made: try again later", 5)
+        self._long_jobs += 1
         try:
-            yield
+            while True:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._long_job.acquire(), _ALONE_SECONDS)
+                    break
+                if await gone():
+                    raise BadRequestError(_GONE)
+            try:
+                yield
+            finally:
+                self._long_job.release()
         finally:
-            self._rolling.release()
+            self._long_jobs -= 1
 
     async def infer(self, model: LoadedModel, frames_THWC: Pixels) -> list[int]:
         """The latent actions between the frames."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import struct
 from typing import Literal
 
 import av
@@ -34,13 +35,13 @@ def frame_from_upload(upload: bytes, height: int, width: int, max_pixels: int) -
         raise _too_many_pixels(max_pixels) from None
     except UnidentifiedImageError:
         raise NotAnImageError(f"this is no picture that can be read: send {', '.join(_FORMATS)}") from None
-    except (OSError, SyntaxError, ValueError):  # a known format whose header is broken
+    except (OSError, SyntaxError, ValueError, struct.error):  # a known format whose header is broken
         raise BadRequestError("this picture is damaged: save it anew and send that") from None
     if image.width * image.height > max_pixels:
         raise _too_many_pixels(max_pixels)
     try:
         rgba = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, SyntaxError, ValueError):  # what Pillow's decoders raise on broken data
+    except (OSError, SyntaxError, ValueError, struct.error):  # what Pillow's decoders raise on broken data
         raise BadRequestError(f"this {image.format} file is damaged: save it anew and send that") from None
     fitted = ImageOps.fit(rgba, (width, height), Image.Resampling.LANCZOS)
     return np.asarray(Image.alpha_composite(Image.new("RGBA", fitted.size, "white"), fitted).convert("RGB"))

@@ -69,7 +69,7 @@ async def play(
             if wrong:
                 await socket.send_json(wrong)
     except ServiceError as error:
-        await socket.close(4000 + error.status, error.detail)
+        await socket.close(4000 + error.status, error.detail.encode()[:120].decode(errors="ignore"))  # 123 fit
     except WebSocketDisconnect:
         return
     finally:

@@ -168,6 +168,9 @@ def load(version: ModelVersion) -> LoadedModel:
 def warm(model: LoadedModel) -> None:
     """Dreams one frame, so that the first player waits no longer than the second. Raises ValueError if it is none."""
     began = time.perf_counter()
+    broken = [name for name, weight in model.genie.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise ValueError(f"the model's weights are not all numbers: {', '.join(broken[:3])}")
     shape = model.genie.config.frame_shape
     state = model.genie.start(torch.zeros(1, 1, *shape, dtype=torch.uint8), seed=0)
     frame_BHWC = model.genie.step(state, torch.zeros(1, dtype=torch.long))

@@ -97,14 +97,14 @@ class Models:
         except ValueError as error:
             raise NotReadyError(f"version {version} is not to be had: {error}") from None
 
+    def in_memory(self, version: ModelVersion) -> LoadedModel | None:
+        return self._in_memory.get(identity(version))
+
     def of_session(self, version: FolderVersion) -> LoadedModel:
         """What a session of the store plays: from the folder it was loaded from, or, on another machine, the source's.
 
         Raises NotReadyError and TooManyVersionsError.
         """
-        known = self._in_memory.get(identity(version))
-        if known:
-            return known
         try:
             if not version.run_id and folder_digest(version.folder) != version.version:
                 raise ValueError(f"the model in {version.folder} is another by now")
@@ -149,8 +149,13 @@ class Models:
                 # Each thread that computes has helpers of its own; beside more helpers than cores, those of the thread
                 # where worlds step would sleep after every operation instead of waiting for the next: half its speed.
                 torch.set_num_threads(1)
-                model = load(version)
-                self._warm(model)
+                try:
+                    model = load(version)
+                    self._warm(model)
+                except ValueError:
+                    raise
+                except Exception as error:  # whatever a file from elsewhere makes of a model
+                    raise ValueError(f"version {version.version} does not work: {error!r}") from error
                 self._in_memory[model.identity] = model
                 log.info("loaded %s version %s in %.1f s", version.name, version.version, time.perf_counter() - began)
             return model

@@ -160,7 +160,9 @@ async def get_prompt(
     image: Annotated[
         UploadFile | None, File(description="a picture of any size: its middle is taken, in the aspect of a frame")
     ] = None,
-    image_url: Annotated[str | None, Form(description="the same as a data URL, data:image/png;base64,...")] = None,
+    image_url: Annotated[
+        str | None, Form(description="the same as a data URL of at most 1 MB, data:image/png;base64,...")
+    ] = None,
     start_frame: Annotated[str | None, Form(description="the name of a built-in start frame", examples=["00"])] = None,
     sketch: Annotated[Json[Sketch] | None, Form(description="a drawing or a canvas of colours, as JSON")] = None,
     seed: Annotated[int | None, Form(ge=0, lt=2**31, description="the same seed dreams the same world")] = None,
@@ -283,20 +285,29 @@ async def past_frame(session: SessionDep, engine: EngineDep, t: Annotated[int, P
 
 @v1.get("/sessions/{session_id}/animation.{kind}", response_class=Response, responses=_ANIMATION)  # type: ignore[arg-type]
 async def animation(
+    request: Request,
     session: SessionDep,
     engine: EngineDep,
+    client: ClientDep,
+    clients: ClientsDep,
     kind: Animation,
     frames_per_second: Annotated[int, Query(ge=1, le=50)] = 10,
     last: Annotated[int, Query(ge=1, le=1000, description="at most so many frames, the newest")] = 300,
 ) -> Response:
     """The session as an animation."""
-    frames_THWC = await engine.frames(session, max(session.steps + 1 - last, 0), session.steps + 1)
-    return await _animation(frames_THWC, kind, frames_per_second)
+    start, stop = max(session.steps + 1 - last, 0), session.steps + 1
+    clients.count_steps(client, stop - start)
+    async with engine.in_background(request.is_disconnected):
+        frames_THWC = await engine.frames(session, start, stop)
+        return await _animation(frames_THWC, kind, frames_per_second)
 
 
 @v1.post("/sessions/{session_id}/branch", status_code=201)
-async def branch(body: BranchRequest, session: SessionDep, engine: EngineDep, client: ClientDep) -> SessionInfo:
+async def branch(
+    body: BranchRequest, session: SessionDep, engine: EngineDep, client: ClientDep, clients: ClientsDep
+) -> SessionInfo:
     """A new session that shares this one's frames up to t, and its seed: what if another action had been taken?"""
+    clients.count_worlds(client)
     return (await engine.branch(session, body.t, client)).info()
 
 

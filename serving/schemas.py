@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 _RUN = "b7a0c1f2d3e4495f8a6b7c8d9e0f1a2b"
 
@@ -86,7 +86,7 @@ class Stroke(BaseModel):
 
     colour: Colour = "#000000"
     width: Share = Field(0.05, description="as a share of the frame's width")
-    points: list[tuple[Share, Share]] = Field(
+    points: Annotated[list[tuple[Share, Share]], FailFast()] = Field(
         min_length=1, max_length=2000, description="(x, y) as shares of the frame's width and height, from the top left"
     )
 
@@ -103,7 +103,15 @@ class Sketch(BaseModel):
         description="rows of colours that fill the frame, from the top; one colour alone fills it all",
         examples=[[["#87ceeb"], ["#87ceeb"], ["#8b5a2b"]]],
     )
-    strokes: list[Stroke] = Field([], max_length=500)
+    strokes: Annotated[list[Stroke], FailFast()] = Field(
+        [], max_length=500, description="of at most 5,000 points in all"
+    )
+
+    @model_validator(mode="after")
+    def _not_too_long(self) -> Sketch:
+        if sum(len(stroke.points) for stroke in self.strokes) > 5000:
+            raise ValueError("a sketch may have 5,000 points in all")
+        return self
 
 
 class BranchRequest(BaseModel):

@@ -47,10 +47,10 @@ class Settings(BaseSettings):
     max_batch: int = Field(8, ge=1, description="sessions that step in one pass of the model")
     max_waiting: int = Field(8, ge=1, description="requests of one session that may wait for their turn")
     max_maskgit_steps: int = Field(25, ge=1, description="most MaskGIT steps a frame that a session may ask for")
-    max_models: int = Field(3, ge=1, description="versions in memory at once; others wait until one is played no more")
+    max_models: int = Field(3, ge=1, description="versions in memory at once; a new champion comes beside them")
     max_sessions: int = Field(16, ge=1, description="sessions open at once")
     idle_seconds: float = Field(900.0, gt=0, description="a session that nobody steps for this long ends")
-    max_rollouts: int = Field(4, ge=1, description="rollouts that are drawn or wait")
+    max_rollouts: int = Field(4, ge=1, description="rollouts and animations that are made or wait")
     max_step_seconds: float = Field(30.0, gt=0, description="a step that has waited so long is refused with 503")
     max_upload_seconds: float = Field(30.0, gt=0, description="a request's body has to be there by then")
     api_keys: str | None = Field(
