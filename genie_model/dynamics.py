@@ -89,19 +89,14 @@ class DynamicsModel(nn.Module):
         return loss, {"cross_entropy": loss.detach(), "masked_accuracy": accuracy}
 
     def hidden(
-        self,
-        codes_BTNC: Tensor,
-        actions_BTL: Tensor,
-        codebook_VL: Tensor,
-        cache: TemporalCache | None = None,
-        commit: bool = False,
+        self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor, cache: TemporalCache | None = None
     ) -> Tensor:
         """Codes, `mask_token` where unknown, and the latents of the actions that led to each frame -> (B, T, N, D)."""
-        hidden_BTND: Tensor = self.transformer(self._tokens(codes_BTNC, actions_BTL, codebook_VL), cache, commit)
+        hidden_BTND: Tensor = self.transformer(self._tokens(codes_BTNC, actions_BTL, codebook_VL), cache)
         return hidden_BTND[:, :, -self.position.shape[0] :]
 
     def remember(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor, cache: TemporalCache) -> None:
-        """Frames become past: what `hidden` with `commit` does to the cache, without what else it computes."""
+        """Frames become past: their keys and values go into the cache; what lies behind the last is not computed."""
         self.transformer.remember(self._tokens(codes_BTNC, actions_BTL, codebook_VL), cache)
 
     def _tokens(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class Clients:
                 )
         raise UnauthorizedError("this service asks for an API key: send it as Authorization: Bearer KEY")
 
-    def count_steps(self, client: Client, steps: int = 1) -> None:
+    def count_steps(self, client: Client, steps: int) -> None:
         """Raises TooManyRequestsError, which says when there is room again; BadRequestError where there never is."""
         self._count(client, "steps", client.steps_per_minute, steps)
 

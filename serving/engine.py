@@ -111,7 +111,7 @@ class Engine:
         return await self._load(self.models.listed)
 
     async def _load(self, work: Callable[[], T]) -> T:
-        """In threads of their own, so that a registry that hangs holds up nothing else."""
+        """In threads of their own, so that a registry that hangs holds up no player whose model is in memory."""
         try:
             found = asyncio.get_running_loop().run_in_executor(self._loaders, work)
             return await asyncio.wait_for(found, _LOAD_SECONDS)
@@ -231,6 +231,7 @@ class Engine:
             await self._pass()
 
     async def _pass(self) -> None:
+        """One pass of the model, for the first that waits and all that can share it."""
         for step in self._steps:  # one that was sent again while the pass that took it went on
             if step.number != step.session.steps + 1 and not step.done.done():
                 step.done.set_exception(SessionMovedError(_ELSEWHERE))

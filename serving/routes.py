@@ -146,7 +146,7 @@ async def get_model(
         ),
     ] = None,
 ) -> LoadedModel:
-    clients.count_worlds(client)
+    clients.count_worlds(client)  # here, before an upload is decoded: all that asks for a model begins something
     return await engine.version(version)
 
 

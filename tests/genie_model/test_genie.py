@@ -49,7 +49,7 @@ def test_cached_equals_uncached_over_sixteen_frames(variant: str, prompt: int) -
         actions_BTL = torch.randn(3, 16, 32)
         codebook_VL = tokenizer.quantizer.codebook_VL
         pictures = [tokenizer.decode(codes_BTNC[:, :prompt], painted)]
-        dynamics.hidden(codes_BTNC[:, :prompt], actions_BTL[:, :prompt], codebook_VL, past, commit=True)
+        dynamics.remember(codes_BTNC[:, :prompt], actions_BTL[:, :prompt], codebook_VL, past)
         for t in range(prompt, 16):
             now, action = codes_BTNC[:, t : t + 1], actions_BTL[:, t : t + 1]
             masked = torch.where(torch.rand(now.shape) < 0.7, dynamics.mask_token, now)
@@ -57,7 +57,7 @@ def test_cached_equals_uncached_over_sixteen_frames(variant: str, prompt: int) -
             clip = torch.cat([codes_BTNC[:, :t], masked], 1)
             whole = dynamics.hidden(clip, actions_BTL[:, : t + 1], codebook_VL)[:, -1:]
             torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-5)
-            dynamics.hidden(now, action, codebook_VL, past, commit=True)
+            dynamics.remember(now, action, codebook_VL, past)
             pictures.append(tokenizer.decode(now, painted))
         torch.testing.assert_close(torch.cat(pictures, 1), tokenizer.decode(codes_BTNC), atol=1e-5, rtol=1e-5)
 
