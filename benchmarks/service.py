@@ -1,15 +1,18 @@
 """How the play service does with one player and with several, beside the library alone.
 
-    python -m benchmarks.service MODEL_FOLDER [--players 1 8] [--seconds 20] [--store FILE]
+    python -m benchmarks.service MODEL_FOLDER [--players 1 8] [--seconds 20] [--store FILE] [--over websocket http]
 
 The service runs as a process of its own; its players share the cores with it. Every player holds a session and sends
-its next action once its frame has come. Latency is from the key to the frame's bytes.
+its next action once its frame has come, over a WebSocket as the page does, or over HTTP. Latency is from the key to the
+frame's bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import http.client
+import itertools
 import json
 import statistics
 import subprocess
@@ -20,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import websockets
 
 from benchmarks.__main__ import machine, matmul_rate
 from genie_model.checkpoint import load_model
@@ -36,6 +40,7 @@ def main() -> None:
     parser.add_argument("--players", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--store", default=":memory:", help="the session store's file")
+    parser.add_argument("--over", nargs="+", choices=("websocket", "http"), default=["websocket"])
     parser.add_argument("--json", type=Path, default=Path("build/service.json"))
     arguments = parser.parse_args()
     try:
@@ -43,19 +48,21 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     rows = []
-    for players in arguments.players:
+    for over, players in itertools.product(arguments.over, arguments.players):
         rate = matmul_rate(4096)
         alone = library_frames_per_second(genie, players, arguments.seconds / 4)
-        found = service(arguments.model, arguments.store, players, arguments.seconds)
+        found = service(arguments.model, arguments.store, over, players, arguments.seconds)
         after = library_frames_per_second(genie, players, arguments.seconds / 4)
-        rows.append({"players": players, "library_fps": (alone + after) / 2, **found, "matmul": rate})
+        rows.append({"over": over, "players": players, "library_fps": (alone + after) / 2, **found, "matmul": rate})
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    print("| players | frames/s together | key to frame, median | p95 | library, one pass for all | share of it |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| over | players | frames/s together | key to frame, median | p95 | library, one pass for all | share of it |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row['players']} | {row['fps']:.1f} | {row['median_ms']:.0f} ms | {row['p95_ms']:.0f} ms "
-            f"| {row['library_fps']:.1f} frames/s | {row['fps'] / row['library_fps']:.0%} |"
+            f"| {row['over']} | {row['players']} | {row['fps']:.1f} | {row['median_ms']:.0f} ms "
+            f"| {row['p95_ms']:.0f} ms | {row['library_fps']:.1f} frames/s | {row['fps'] / row['library_fps']:.0%} |"
         )
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2))
@@ -71,7 +78,7 @@ def library_frames_per_second(genie: Genie, worlds: int, seconds: float) -> floa
     return worlds / statistics.median(times[_WARM:])
 
 
-def service(model: str, store: str, players: int, seconds: float) -> dict[str, float]:
+def service(model: str, store: str, over: str, players: int, seconds: float) -> dict[str, float]:
     command = [sys.executable, "-m", "serving", "--port", "0", "--model-uri", model, "--session-store", store]
     command += ["--client-sessions", "0", "--client-worlds-per-minute", "0", "--client-steps-per-minute", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -79,9 +86,7 @@ def service(model: str, store: str, players: int, seconds: float) -> dict[str, f
         assert process.stdout
         address = next(line for line in process.stdout if "http://" in line).split("http://")[1].split()[0]
         begin = time.perf_counter() + 3
-        with ThreadPoolExecutor(players) as pool:
-            taken = pool.map(lambda player: play(address, player, begin, begin + seconds), range(players))
-        latencies = sorted(latency for one in taken for latency in one)
+        latencies = sorted(asyncio.run(play_together(address, over, players, begin, begin + seconds)))
     finally:
         process.terminate()
         process.wait(timeout=30)
@@ -92,29 +97,62 @@ def service(model: str, store: str, players: int, seconds: float) -> dict[str, f
     }
 
 
-def play(address: str, player: int, begin: float, end: float) -> list[float]:
+async def play_together(address: str, over: str, players: int, begin: float, end: float) -> list[float]:
     """The seconds that each step took whose frame came between the two moments."""
-    connection = http.client.HTTPConnection(address, timeout=60)
+    sessions = [Player(address, number) for number in range(players)]
+    if over == "websocket":
+        taken = await asyncio.gather(*(session.play_live(begin, end) for session in sessions))
+    else:
+        with ThreadPoolExecutor(players) as pool:
+            taken = list(pool.map(lambda session: session.play(begin, end), sessions))
+    return [latency for one in taken for latency in one]
 
-    def answer(method: str, path: str, body: str | None = None, kind: str = "application/json") -> bytes:
-        connection.request(method, path, body, {"Content-Type": kind})
-        found = connection.getresponse()
+
+class Player:
+    """Begins a session; then takes one action after another, each for a while."""
+
+    def __init__(self, address: str, number: int) -> None:
+        self._address, self._number = address, number
+        self._connection = http.client.HTTPConnection(address, timeout=60)
+        names = [frame["name"] for frame in json.loads(self._answer("GET", "/v1/starts"))["start_frames"]]
+        form = urllib.parse.urlencode({"start_frame": names[number % len(names)], "seed": number})
+        self._session = json.loads(self._answer("POST", "/v1/sessions", form, "application/x-www-form-urlencoded"))
+
+    def play(self, begin: float, end: float) -> list[float]:
+        """The seconds that each step took whose frame came between the two moments."""
+        latencies, t = [], 0
+        while (sent := time.perf_counter()) < end:
+            self._answer("POST", f"/v1/sessions/{self._session['id']}/step", self._step(t))
+            t += 1
+            if begin < (now := time.perf_counter()) < end:
+                latencies.append(now - sent)
+        return latencies
+
+    async def play_live(self, begin: float, end: float) -> list[float]:
+        """The same over a WebSocket."""
+        latencies, t = [], 0
+        async with websockets.connect(f"ws://{self._address}/v1/sessions/{self._session['id']}/play") as socket:
+            await socket.recv()  # where the session stands
+            while (sent := time.perf_counter()) < end:
+                await socket.send(self._step(t))
+                frame = await socket.recv()
+                if isinstance(frame, str):
+                    raise RuntimeError(f"a step was answered with {frame[:300]}")
+                t += 1
+                if begin < (now := time.perf_counter()) < end:
+                    latencies.append(now - sent)
+        return latencies
+
+    def _step(self, t: int) -> str:
+        return json.dumps({"action": (t // 8 + self._number) % self._session["model"]["num_actions"]})
+
+    def _answer(self, method: str, path: str, body: str | None = None, kind: str = "application/json") -> bytes:
+        self._connection.request(method, path, body, {"Content-Type": kind})
+        found = self._connection.getresponse()
         text = found.read()
         if found.status >= 400:
             raise RuntimeError(f"{method} {path} was answered with {found.status}: {text[:300]!r}")
         return text
-
-    names = [frame["name"] for frame in json.loads(answer("GET", "/v1/starts"))["start_frames"]]
-    form = urllib.parse.urlencode({"start_frame": names[player % len(names)], "seed": player})
-    session = json.loads(answer("POST", "/v1/sessions", form, "application/x-www-form-urlencoded"))
-    latencies, t = [], 0
-    while (sent := time.perf_counter()) < end:
-        action = (t // 8 + player) % session["model"]["num_actions"]
-        answer("POST", f"/v1/sessions/{session['id']}/step", json.dumps({"action": action}))
-        t += 1
-        if begin < (now := time.perf_counter()) < end:
-            latencies.append(now - sent)
-    return latencies
 
 
 if __name__ == "__main__":

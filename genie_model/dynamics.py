@@ -81,7 +81,7 @@ class DynamicsModel(nn.Module):
         weight_XC = weight_XC / weight_XC.sum().clamp_min(1)
         loss, accuracy = _MaskedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden_BTND.flatten(0, 1)[dirty_F].flatten(0, 1),
-            self._logits_weight(codebook_VL),
+            self.logits_weight(codebook_VL),
             self.logits_out.bias,
             codes_BTNC.flatten(0, 1)[dirty_F].flatten(0, 1),
             weight_XC,
@@ -137,24 +137,21 @@ class DynamicsModel(nn.Module):
         flat_FNC = codes_BTNC.flatten(0, 1)
         masked_BTNC = flat_FNC.index_fill(0, dreamt_F, self.mask_token).view_as(codes_BTNC)
         hidden_FND = self.hidden(masked_BTNC, actions_BTL, codebook_VL).flatten(0, 1)[dreamt_F]
+        weight_ED = self.logits_weight(codebook_VL)
         guessed = [
-            nearest_to_mean(self.logits(hidden_ND, codebook_VL).float().softmax(-1), codebook_VL)[0]
+            nearest_to_mean(self.logits(hidden_ND, weight_ED).float().softmax(-1), codebook_VL)[0]
             for hidden_ND in hidden_FND  # a frame at a time: its logits stay in the CPU's cache
         ]
         torch.clear_autocast_cache()  # it holds the weights' casts without their graph (pytorch#112583)
         return flat_FNC.index_copy(0, dreamt_F, torch.stack(guessed)).view_as(codes_BTNC)
 
-    def logits(self, hidden_BTND: Tensor, codebook_VL: Tensor) -> Tensor:
-        """(..., D) -> (..., C, V)."""
-        logits: Tensor = self.logits_out(hidden_BTND)
-        logits = logits.view(*logits.shape[:-1], self.codes_per_patch, self.num_codes)
-        if self.config.code_vectors:
-            vectors = self.vectors_out(hidden_BTND).view(*logits.shape[:-1], -1)
-            logits = logits + vectors @ codebook_VL.T
-        return logits
+    def logits(self, hidden_BTND: Tensor, weight_ED: Tensor) -> Tensor:
+        """(..., D) -> (..., C, V), by the matrix that `logits_weight` makes."""
+        logits = F.linear(hidden_BTND, weight_ED, self.logits_out.bias)
+        return logits.view(*logits.shape[:-1], self.codes_per_patch, self.num_codes)
 
-    def _logits_weight(self, codebook_VL: Tensor) -> Tensor:
-        """(C * V, D): one matrix that does what `logits` does, for many positions at once."""
+    def logits_weight(self, codebook_VL: Tensor) -> Tensor:
+        """(C * V, D): one matrix for both parts, so that the logits, the largest of all, are written once."""
         if not self.config.code_vectors:
             return self.logits_out.weight
         vectors_CLD = self.vectors_out.weight.view(self.codes_per_patch, *codebook_VL.shape[1:], -1)

@@ -28,6 +28,7 @@ class PlayState:
     codes_BNC: Tensor  # its tokens
     dynamics: TemporalCache = field(repr=False)
     decoder: TemporalCache = field(repr=False)
+    pending_BL: Tensor | None = field(default=None, repr=False)  # its action, until `Genie.remember`
 
     def fork(self) -> PlayState:
         """A copy that may go another way."""
@@ -46,11 +47,14 @@ class PlayState:
             self.codes_BNC[worlds],
             self.dynamics.take(worlds),
             self.decoder.take(worlds),
+            None if self.pending_BL is None else self.pending_BL[worlds],
         )
 
     @staticmethod
     def stack(states: Sequence[PlayState]) -> PlayState:
-        """All their worlds side by side."""
+        """All their worlds side by side. Raises ValueError for a state that `Genie.remember` has yet to see."""
+        if any(state.pending_BL is not None for state in states):
+            raise ValueError("states are joined once their newest frames are remembered: call Genie.remember on each")
         return PlayState(
             [seed for state in states for seed in state.seeds],
             [t for state in states for t in state.t],
@@ -137,7 +141,8 @@ class Genie(nn.Module):
         actions_BTL = self.lam.quantizer.embed(actions_BT.to(self.device).clamp_min(0)) * has_action[..., None]
         state = PlayState(list(seeds), list(t), codes_BTNC, codes_BTNC, TemporalCache(), TemporalCache())
         with self._play_precision():
-            self._commit(state, codes_BTNC, actions_BTL)
+            self.dynamics.remember(codes_BTNC, actions_BTL, self.tokenizer.quantizer.codebook_VL, state.dynamics)
+            self._show(state, codes_BTNC)
         return state
 
     @property
@@ -162,6 +167,7 @@ class Genie(nn.Module):
 
     def advance(self, state: PlayState, action_B: Tensor, sampling: SamplingConfig) -> Tensor:
         """`step` without a look at the actions' values: they, and the frames, are on the device."""
+        self.remember(state)
         action_BL = self.lam.quantizer.embed(action_B)
         chances = [
             torch.Generator().manual_seed((seed * 1_000_003 + t) % 2**63)
@@ -177,9 +183,23 @@ class Genie(nn.Module):
                 self.tokenizer.quantizer.codebook_VL,
                 chances,
             )
-            self._commit(state, codes_B1NC, action_BL[:, None])
+            self._show(state, codes_B1NC)
+        state.pending_BL = action_BL
         state.t = [t + 1 for t in state.t]
         return state.frame_BHWC
+
+    @torch.no_grad()
+    def remember(self, state: PlayState) -> None:
+        """The newest frames become past: their keys and values are computed from their final tokens, once.
+
+        `step` leaves that to the next one, so that whoever plays sees the frame before it is done. To call this in
+        between, while they look, saves them the time.
+        """
+        if state.pending_BL is not None:
+            codes_B1NC, actions_B1L = state.codes_BNC[:, None], state.pending_BL[:, None]
+            with self._play_precision():
+                self.dynamics.remember(codes_B1NC, actions_B1L, self.tokenizer.quantizer.codebook_VL, state.dynamics)
+            state.pending_BL = None
 
     @property
     def device(self) -> torch.device:
@@ -189,10 +209,8 @@ class Genie(nn.Module):
         """One context for all of a frame: weights are cast once, not in each of its steps."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.sampling.precision == "bf16")
 
-    def _commit(self, state: PlayState, codes_BTNC: Tensor, actions_BTL: Tensor) -> None:
-        """Frames become past: their keys and values are computed from their final tokens, once."""
-        codebook_VL = self.tokenizer.quantizer.codebook_VL
-        self.dynamics.remember(codes_BTNC, actions_BTL, codebook_VL, state.dynamics)
+    def _show(self, state: PlayState, codes_BTNC: Tensor) -> None:
+        """The last of these frames, which follow the state's, become its newest."""
         state.codes_BNC = codes_BTNC[:, -1]
         state.frame_BHWC = _to_uint8(self.tokenizer.decode(codes_BTNC, state.decoder)[:, -1])
 

@@ -37,19 +37,19 @@ def sample_frame(
     likeliest code may lie far off. Confidence is then minus that expected distance.
 
     One generator draws for all worlds of the batch, or each world has its own: either way, what a world becomes does
-    not hang on what is batched beside it. Shapes are fixed and the choice is by rank, so one compiled graph serves
-    every step.
+    not hang on what is batched beside it.
     """
     shape = (action_BL.shape[0], 1, math.prod(grid), dynamics.codes_per_patch)
     device = action_BL.device
     tokens = math.prod(shape[1:])
     last = config.temperature if config.last_temperature is None else config.last_temperature
     codes = torch.full(shape, dynamics.mask_token, device=device)
+    weight_ED = dynamics.logits_weight(codebook_VL)
     for step in range(config.maskgit_steps):
         progress = (step + 1) / config.maskgit_steps
         temperature = config.temperature + (last - config.temperature) * step / max(config.maskgit_steps - 1, 1)
-        logits = dynamics.logits(dynamics.hidden(codes, action_BL[:, None], codebook_VL, cache), codebook_VL).float()
-        logits = logits / max(temperature, 1e-4)
+        logits = dynamics.logits(dynamics.hidden(codes, action_BL[:, None], codebook_VL, cache), weight_ED)
+        logits = logits.float().div_(max(temperature, 1e-4))
         unknown = codes == dynamics.mask_token
         if config.choice == "mean":
             sampled, confidence = nearest_to_mean(logits.softmax(-1), codebook_VL)
@@ -58,6 +58,10 @@ def sample_frame(
             sampled = _draw(log_probs, generators) if temperature > 0 else log_probs.argmax(-1)
             confidence = log_probs.gather(-1, sampled[..., None]).squeeze(-1)
         sampled = torch.where(unknown, sampled, codes)
+        masked_next = min(int(tokens * math.cos(progress * math.pi / 2)), tokens - step - 1)
+        if masked_next <= 0:  # the last step keeps all
+            codes = sampled
+            break
         if config.order == "random":
             confidence = _gumbel(shape, generators, device)
         elif config.order == "halton":
@@ -65,9 +69,8 @@ def sample_frame(
         elif config.order_noise > 0:
             confidence = confidence + config.order_noise * (1 - progress) * _gumbel(shape, generators, device)
         confidence = torch.where(unknown, confidence, torch.inf)
-        masked_next = min(int(tokens * math.cos(progress * math.pi / 2)), tokens - step - 1)
         rank = confidence.flatten(1).argsort(-1).argsort(-1).view(shape)
-        codes = torch.where(rank < max(masked_next, 0), dynamics.mask_token, sampled)
+        codes = torch.where(rank < masked_next, dynamics.mask_token, sampled)
     return codes
 
 

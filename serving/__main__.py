@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             access_log=False,
             timeout_graceful_shutdown=5,
             ws_max_size=65_536,
+            ws_per_message_deflate=False,  # pictures are packed already
             forwarded_allow_ips=settings.trusted_proxies,
         )
     )

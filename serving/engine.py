@@ -226,7 +226,8 @@ class Engine:
     async def play(self) -> None:
         """Steps all that wait, pass after pass; runs until cancelled."""
         while True:
-            await self._step_came.wait()
+            if not self._steps:
+                await self._another()
             await self._gather()
             await self._pass()
 
@@ -238,8 +239,6 @@ class Engine:
         self._steps = [step for step in self._steps if not step.done.done()]
         batch = self._next_batch()
         self._steps = [step for step in self._steps if step not in batch]
-        if not self._steps:
-            self._step_came.clear()
         if not batch:
             return
         actions, began = [step.action for step in batch], time.perf_counter()
@@ -268,6 +267,10 @@ class Engine:
             step.session.last_used = time.monotonic()
             if not step.done.done():  # its player may have gone
                 step.done.set_result(None)
+        try:  # while the frames go out and the next keys come in
+            await self._run(partial(self._keeper.remember, [step.session for step in batch]))
+        except Exception:  # the next step of each tries again
+            log.exception("frames could not be remembered")
 
     def _forget(self, step: _Step, error: ServiceError) -> None:
         """Its session is open no more: whoever asks for it next finds what the store has."""
@@ -434,7 +437,13 @@ class Engine:
             to_come = (session for session in self._passed if session not in waiting and self._share(session))
             if all(self._sessions.get(session.id) is not session for session in to_come):
                 return
-            await asyncio.sleep(0.001)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._another(), self._pass_ended + _GATHER_SECONDS - time.perf_counter())
+
+    async def _another(self) -> None:
+        """Waits for one more step to come."""
+        self._step_came.clear()
+        await self._step_came.wait()
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)

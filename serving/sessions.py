@@ -91,6 +91,11 @@ class Keeper:
         }
         return [seen.get(session) for session in sessions]
 
+    def remember(self, sessions: list[Session]) -> None:
+        """What is left of a pass once its frames are out."""
+        awake = [session.world for session in sessions if session.world is not None]
+        worlds.remember(sessions[0].model.genie, awake)
+
     def wake(self, session: Session) -> World:
         """Brings a parked world back, from the tokens of the last frames that matter. Raises UnknownSessionError."""
         if session.world is None:

@@ -38,6 +38,7 @@ def step(
     state = worlds[0].state
     if any(world.state is not state for world in worlds) or len(worlds) != len(state.seeds):
         left = {id(world.sharing): world.sharing for world in worlds}.values()
+        remember(genie, worlds)
         state, sharing = PlayState.stack([world.state.take([world.row]) for world in worlds]), WeakSet[World]()
         for row, world in enumerate(worlds):
             world.sharing.discard(world)
@@ -49,6 +50,12 @@ def step(
     frames_BHWC = genie.step(state, torch.tensor([action_of[row] for row in range(len(worlds))]), sampling).numpy()
     codes_BNC = state.codes_BNC.cpu().numpy().astype("<u2")
     return [(frames_BHWC[world.row], codes_BNC[world.row]) for world in worlds]
+
+
+def remember(genie: Genie, worlds: Sequence[World]) -> None:
+    """Makes their newest frames past, which is what the next step would begin with."""
+    for state in {id(world.state): world.state for world in worlds}.values():
+        genie.remember(state)
 
 
 def _shrink(behind: list[World]) -> None:

@@ -159,10 +159,23 @@ def test_a_world_is_resumed_from_the_tokens_and_actions_of_its_last_frames(
     assert resumed.t == state.t == [age + 5] * 2
 
 
+def test_when_a_frame_becomes_past_makes_no_difference(genie: Genie, frames: Tensor) -> None:
+    at_once, later = genie.start(frames, seed=(1, 2)), genie.start(frames, seed=(1, 2))
+    for action in ([0, 3], [2, 1], [1, 1]):
+        expected = genie.step(at_once, torch.tensor(action))
+        genie.remember(at_once)
+        genie.remember(at_once)
+        assert torch.equal(genie.step(later, torch.tensor(action)), expected)
+        later = later.take([0, 1])
+
+
 def test_players_who_came_at_different_times_step_together(genie: Genie, frames: Tensor) -> None:
     first, second = genie.start(frames[:1], seed=1), genie.start(frames[1:], seed=2)
     for t in range(CONFIG.data.clip_length + 2):
         genie.step(first, torch.tensor([t % 4]))
+    with pytest.raises(ValueError, match="remembered: call Genie"):
+        PlayState.stack([first, second])
+    genie.remember(first)
     together = PlayState.stack([first, second])
     found = genie.step(together, torch.tensor([3, 0]))
     assert torch.equal(found, torch.cat([genie.step(first, torch.tensor([3])), genie.step(second, torch.tensor([0]))]))
