@@ -15,6 +15,7 @@ from pydantic_settings import CliApp
 from genie_model.progress import summary
 from serving.access import JsonLines
 from serving.app import create_app
+from serving.connections import ImpatientProtocol
 from serving.settings import Settings
 
 
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=5,
+            http=ImpatientProtocol,
+            limit_concurrency=settings.max_connections,
             ws_max_size=65_536,
             ws_per_message_deflate=False,  # pictures are packed already
             forwarded_allow_ips=settings.trusted_proxies,

@@ -54,27 +54,33 @@ class Access:
         try:
             await self.app(scope, receive, numbered)
         except Exception:
-            log.exception("%s %s failed", scope["method"], scope["path"], extra={"request_id": request_id.decode()})
+            route = _route(scope)
+            log.exception("%s %s failed", scope["method"], route, extra={"request_id": request_id.decode()})
             if not status:
                 error = ServiceError("the service failed; its log says why, beside this answer's X-Request-ID")
                 await answer(error)(scope, receive, numbered)
         finally:
-            route = getattr(scope.get("route"), "path", "unknown")
+            route = _route(scope)
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self.metrics.answers.labels(method, route, status).inc()
             log.info(
                 "%s %s %d",
-                scope["method"],
-                scope["path"],
+                method,
+                route,
                 status,
                 extra={
                     "request_id": request_id.decode(),
-                    "method": scope["method"],
+                    "method": method,
                     "route": route,
                     "status": status,
                     "milliseconds": round(1e3 * (time.perf_counter() - began), 1),
                 },
             )
+
+
+def _route(scope: Scope) -> str:
+    """Not the path: a session's id is a secret."""
+    return getattr(scope.get("route"), "path", "unknown")
 
 
 class JsonLines(logging.Formatter):

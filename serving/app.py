@@ -8,9 +8,11 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
 from fastapi.responses import FileResponse
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,6 +29,7 @@ from serving.settings import Settings
 
 WEB = Path(__file__).parent / "web"
 _FORM_BYTES = 4096  # what a multipart form adds to the file it carries
+_PARSED_AT_ONCE = {"application/json": 2**16, "application/x-www-form-urlencoded": 2**20}  # in the event loop
 _PAGE_HEADERS = {"Cache-Control": "no-cache"}
 _SHOWN_ELSEWHERE = ["X-Steps", "X-Request-ID", "Server-Timing", "Retry-After"]
 
@@ -51,11 +54,11 @@ def create_app(settings: Settings | None = None, source: ModelSource | None = No
             task.cancel()
         engine.close()
 
+    body_bytes = settings.max_upload_bytes * 4 // 3 + _FORM_BYTES  # a data URL takes four letters for three bytes
     app = FastAPI(title="Genie", summary="Play a world learned from video", version=version("genie-platform"),
-                  lifespan=lifespan)  # fmt: skip
+                  lifespan=lifespan, form_limits={"max_part_size": body_bytes})  # fmt: skip
     app.state.settings, app.state.engine, app.state.metrics, app.state.clients = settings, engine, metrics, clients
     # The last one that is added is the first one that a request meets.
-    body_bytes = settings.max_upload_bytes * 4 // 3 + _FORM_BYTES  # a data URL takes four letters for three bytes
     app.add_middleware(BodyLimit, max_bytes=body_bytes, max_seconds=settings.max_upload_seconds)
     app.add_middleware(Door, clients=clients, origins=settings.cors_origins)
     if settings.cors_origins:
@@ -67,7 +70,9 @@ def create_app(settings: Settings | None = None, source: ModelSource | None = No
     if settings.traces:
         traces.send(app)
     install_error_handlers(app)
-    for router in (health, v1, live):
+    keys = [Security(HTTPBearer(auto_error=False, description="an API key"))] if settings.api_keys else []
+    app.include_router(v1, dependencies=keys)  # which `Door` has looked at: here for who reads the API's description
+    for router in (health, live):
         app.include_router(router)
 
     @app.get("/", include_in_schema=False)
@@ -89,6 +94,8 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         received, whole, began = 0, False, asyncio.get_running_loop().time()
+        kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+        most = min(self.max_bytes, _PARSED_AT_ONCE.get(kind, self.max_bytes))
 
         async def limited_receive() -> Message:
             nonlocal received, whole
@@ -99,8 +106,8 @@ class BodyLimit:
                 raise UploadTooSlowError(f"the upload took longer than {self.max_seconds:g} seconds") from None
             whole = not message.get("more_body", False)
             received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise UploadTooLargeError(f"the upload is too large: at most {self.max_bytes / 1e6:.1f} MB")
+            if received > most:
+                raise UploadTooLargeError(f"the upload is too large: at most {most / 1e6:.1f} MB as {kind or 'this'}")
             return message
 
         await self.app(scope, limited_receive, send)

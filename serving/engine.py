@@ -14,9 +14,9 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -49,11 +49,11 @@ from serving.sessions import ENDED, Keeper, Session
 from serving.settings import Settings
 from serving.store import open_store
 from serving.traces import tracer
+from serving.turns import Decoding, LongJobs, leave_if
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _ELSEWHERE = "this session ended or went on elsewhere: ask where it stands"
-_GONE = "the client left"  # for the log alone
 _FRAMES_AT_ONCE = 32  # of a past that is painted again: players step in between
 _LOAD_SECONDS = 60.0
 _PREVIEWS = 3  # requests for them that one session may have
@@ -82,15 +82,17 @@ class Engine:
         self._settings = settings
         self._keeper = Keeper(open_store(settings.session_store, settings.idle_seconds), settings.threads)
         self._sessions: dict[str, Session] = {}
+        self.sockets = Counter[str]()  # open to each session
         self._starting = Counter[str]()  # sessions about to be open, of each client
         self._steps: list[_Step] = []
         self._step_came = asyncio.Event()
         self._passed = WeakSet[Session]()  # shared the last pass, which ended then
         self._pass_ended = 0.0
-        self._long_jobs, self._long_job = 0, asyncio.Semaphore(1)
-        self.decoding = asyncio.Semaphore(2)  # uploads decoded at once: a picture of 40 megapixels takes 300 MB
+        self.long_jobs, self.decoding = LongJobs(settings), Decoding(settings)
+        self._behind = asyncio.Semaphore(1)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
+        self._lister = ThreadPoolExecutor(max_workers=1, thread_name_prefix="list")
         self.models = Models(settings, source, metrics, lambda model: self._worker.submit(warm, model).result())
 
     # ---- models
@@ -104,23 +106,24 @@ class Engine:
 
     async def version(self, asked: str | None) -> LoadedModel:
         """The version of that number or alias, by default the champion. Raises as `Models.asked`."""
-        return await self._load(partial(self.models.asked, asked)) if asked else self.model
+        return await self._load(self._loaders, partial(self.models.asked, asked)) if asked else self.model
 
     async def versions(self) -> list[ModelVersionInfo]:
         """All that the source knows of. Raises NotReadyError when it cannot be asked."""
-        return await self._load(self.models.listed)
+        return await self._load(self._lister, self.models.listed)
 
-    async def _load(self, work: Callable[[], T]) -> T:
+    async def _load(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         """In threads of their own, so that a registry that hangs holds up no player whose model is in memory."""
         try:
-            found = asyncio.get_running_loop().run_in_executor(self._loaders, work)
+            found = asyncio.get_running_loop().run_in_executor(threads, work)
             return await asyncio.wait_for(found, _LOAD_SECONDS)
         except TimeoutError:
             raise NotReadyError(f"no model after {_LOAD_SECONDS:g} seconds: try again later") from None
 
     def close(self) -> None:
         self.models.close()
-        self._loaders.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._loaders, self._lister):
+            threads.shutdown(wait=False, cancel_futures=True)
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._keeper.store.close()
 
@@ -142,8 +145,8 @@ class Engine:
                 record, length = await self._run(partial(self._keeper.found, session_id))
                 model = self.models.in_memory(record.model)
                 if model is None:
-                    model = await self._load(partial(self.models.of_session, record.model))
-                found = await self._run(partial(self._keeper.reopen, record, length, model))
+                    model = await self._load(self._loaders, partial(self.models.of_session, record.model))
+                found = await self._run_behind(partial(self._keeper.reopen, record, length, model))
                 found.owner = client.name
             self._sessions.setdefault(session_id, found)
         return self._sessions[session_id]
@@ -175,7 +178,7 @@ class Engine:
         seed = secrets.randbelow(2**31) if seed is None else seed
         session = Session(secrets.token_urlsafe(12), model, seed, sampling, frame_HWC, owner=client.name)
         with self._place(client):
-            await self._run(partial(self._keeper.begin, session))
+            await self._run_behind(partial(self._keeper.begin, session))
         self._sessions[session.id] = session
         return session
 
@@ -205,6 +208,8 @@ class Engine:
                     if (await self._run(partial(self._keeper.found, session.id)))[1] != session.steps + 1:
                         del self._sessions[session.id]  # another replica went on with it
                     raise SessionMovedError(f"this is not step {expected} again, and step {session.steps + 1} is next")
+                if session.world is None:  # a window of frames to compute: others step meanwhile
+                    await self._wake(session)
                 for action in actions[taken:]:
                     waiting = _Step(session, action, asyncio.get_running_loop().create_future(), session.steps + 1)
                     self._steps.append(waiting)
@@ -217,6 +222,13 @@ class Engine:
             session.waiting -= 1
             if waiting in self._steps:  # nobody waits for it any more
                 self._steps.remove(waiting)
+
+    async def _wake(self, session: Session) -> None:
+        try:
+            await self._run_behind(partial(self._keeper.wake, session))
+        except UnknownSessionError:
+            self._sessions.pop(session.id, None)
+            raise SessionMovedError(_ELSEWHERE) from None
 
     async def _took(self, session: Session, actions: list[int]) -> bool:
         """Were these the session's last actions?"""
@@ -315,13 +327,14 @@ class Engine:
         try:
             async with session.previewing:
                 async with session.lock:
-                    steps, copies = session.steps, await self._run(partial(self._keeper.copies, session, len(actions)))
+                    steps = session.steps
+                    copies = await self._run_behind(partial(self._keeper.copies, session, len(actions)))
                 for _ in range(repeats):
                     async with session.lock:
                         if session.steps != steps:
                             raise SessionMovedError("the session went on while its previews were drawn: ask again")
                         look = partial(session.model.genie.step, copies, actions, session.sampling)
-                        frames_AHWC = await self._run(look)
+                        frames_AHWC = await self._run_behind(look)
             return steps, frames_AHWC.numpy()
         finally:
             session.previews_waiting -= 1
@@ -333,11 +346,12 @@ class Engine:
         seed: int | None,
         sampling: SamplingConfig,
         actions: list[int],
+        client: Client,
         gone: Callable[[], Awaitable[bool]],
     ) -> Pixels:
         """The prompt and the frames after it: uint8 (T, H, W, 3). Players step in between.
 
-        Raises BadRequestError, also once the client is `gone`, and TooManyRequestsError while too many others wait.
+        Raises BadRequestError, and as `LongJobs.turn`.
         """
         if max(actions) >= model.info.num_actions:
             raise BadRequestError(f"actions must be from 0 to {model.info.num_actions - 1}, not {max(actions)}")
@@ -346,49 +360,27 @@ class Engine:
         # One array from the start: small ones, kept between large ones that come and go, would tear the heap apart.
         frames_THWC = np.empty((len(actions) + 1, *frame_HWC.shape), np.uint8)
         frames_THWC[0] = frame_HWC
-        async with self.in_background(gone):
-            state = await self._run(partial(model.genie.start, prompt_BTHWC, seed=seed))
+        async with self.long_jobs.turn(client, gone):
+            state = await self._run_behind(partial(model.genie.start, prompt_BTHWC, seed=seed))
             for t, action in enumerate(actions, 1):
-                if await gone():
-                    raise BadRequestError(_GONE)
-                frame_BHWC = await self._run(partial(model.genie.step, state, torch.tensor([action]), sampling))
+                await leave_if(gone)
+                frame_BHWC = await self._run_behind(partial(model.genie.step, state, torch.tensor([action]), sampling))
                 frames_THWC[t] = frame_BHWC[0].numpy()
         return frames_THWC
-
-    @asynccontextmanager
-    async def in_background(self, gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
-        """The turn of one long job: one at a time, since players go first. Whoever leaves gives up its place.
-
-        Raises TooManyRequestsError while too many wait.
-        """
-        if self._long_jobs >= self._settings.max_rollouts:
-            raise TooManyRequestsError(f"{self._long_jobs} rollouts or animations are being made: try again later", 5)
-        self._long_jobs += 1
-        try:
-            while True:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._long_job.acquire(), _ALONE_SECONDS)
-                    break
-                if await gone():
-                    raise BadRequestError(_GONE)
-            try:
-                yield
-            finally:
-                self._long_job.release()
-        finally:
-            self._long_jobs -= 1
 
     async def infer(self, model: LoadedModel, frames_THWC: Pixels) -> list[int]:
         """The latent actions between the frames."""
         frames_BTHWC = torch.from_numpy(frames_THWC)[None]
-        return (await self._run(partial(model.genie.infer_actions, frames_BTHWC)))[0].tolist()
+        return (await self._run_behind(partial(model.genie.infer_actions, frames_BTHWC)))[0].tolist()
 
     async def frames(self, session: Session, start: int, stop: int) -> Pixels:
         """Frames start..stop of the session's past, frame 0 being the prompt: uint8 (T, H, W, 3)."""
         if not 0 <= start < stop <= session.steps + 1:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {start} to {stop - 1}")
         parts = [
-            await self._run(partial(self._keeper.past_frames, session, begin, min(begin + _FRAMES_AT_ONCE, stop)))
+            await self._run_behind(
+                partial(self._keeper.past_frames, session, begin, min(begin + _FRAMES_AT_ONCE, stop))
+            )
             for begin in range(start, stop, _FRAMES_AT_ONCE)
         ]
         return np.concatenate(parts)
@@ -398,7 +390,7 @@ class Engine:
         if not 0 <= t <= session.steps:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {t}")
         with self._place(client):
-            branch = await self._run(partial(self._keeper.branch, session, t, secrets.token_urlsafe(12)))
+            branch = await self._run_behind(partial(self._keeper.branch, session, t, secrets.token_urlsafe(12)))
         branch.owner = client.name
         self._sessions[branch.id] = branch
         return branch
@@ -444,6 +436,18 @@ class Engine:
         """Waits for one more step to come."""
         self._step_came.clear()
         await self._step_came.wait()
+
+    async def _run_behind(self, work: Callable[[], T]) -> T:
+        """What takes a while: one such work at a time, so that at most one lies before a pass. Raises SlowStepError."""
+        try:
+            async with asyncio.timeout(self._settings.max_step_seconds):
+                await self._behind.acquire()
+        except TimeoutError:
+            raise SlowStepError("others were served first: send it again") from None
+        try:
+            return await self._run(work)
+        finally:
+            self._behind.release()
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)

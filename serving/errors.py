@@ -66,6 +66,10 @@ class TooManyRequestsError(ServiceError):
     status, code, retry_after_seconds = 429, "too_many_requests", 1
 
 
+class TooManySocketsError(ServiceError):
+    status, code, retry_after_seconds = 429, "too_many_sockets", 5
+
+
 class TooManySessionsOfClientError(ServiceError):
     status, code = 429, "too_many_sessions_of_client"
 
@@ -78,8 +82,20 @@ class SlowStepError(ServiceError):
     status, code, retry_after_seconds = 503, "step_too_slow", 1
 
 
+class SlowJobError(ServiceError):
+    status, code, retry_after_seconds = 503, "job_too_slow", 10
+
+
+class SlowUploadError(ServiceError):
+    status, code, retry_after_seconds = 503, "decoding_too_slow", 5
+
+
 class NotReadyError(ServiceError):
     status, code, retry_after_seconds = 503, "not_ready", 5
+
+
+class BrokenVersionError(ServiceError):
+    status, code, retry_after_seconds = 503, "version_broken", 60
 
 
 class TooManyVersionsError(ServiceError):

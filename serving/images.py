@@ -40,6 +40,7 @@ def frame_from_upload(upload: bytes, height: int, width: int, max_pixels: int) -
     if image.width * image.height > max_pixels:
         raise _too_many_pixels(max_pixels)
     try:
+        image.draft("RGB", (4 * max(height, width),) * 2)  # of a JPEG only as much is decoded as the frame can show
         rgba = ImageOps.exif_transpose(image).convert("RGBA")
     except (OSError, SyntaxError, ValueError, struct.error):  # what Pillow's decoders raise on broken data
         raise BadRequestError(f"this {image.format} file is damaged: save it anew and send that") from None
@@ -47,15 +48,16 @@ def frame_from_upload(upload: bytes, height: int, width: int, max_pixels: int) -
     return np.asarray(Image.alpha_composite(Image.new("RGBA", fitted.size, "white"), fitted).convert("RGB"))
 
 
-def picture_in(data_url: str) -> bytes:
-    """The file that a data URL holds. Raises BadRequestError."""
+def frame_from_data_url(data_url: str, height: int, width: int, max_pixels: int) -> Pixels:
+    """As `frame_from_upload`, of the file that a data URL holds."""
     head, comma, packed = data_url.partition(",")
     if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
         raise BadRequestError("image_url must be a data URL: data:image/png;base64,... ; others are not fetched")
     try:
-        return base64.b64decode(packed, validate=True)
+        upload = base64.b64decode(packed, validate=True)
     except ValueError:
         raise BadRequestError("the data URL is broken: what comes after its comma is not base64") from None
+    return frame_from_upload(upload, height, width, max_pixels)
 
 
 def frame_from_sketch(sketch: Sketch, height: int, width: int) -> Pixels:

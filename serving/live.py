@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, WebSocket, WebSocketDisconnect
@@ -13,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from serving.clients import Client, Clients
 from serving.engine import Engine
-from serving.errors import BadRequestError, ServiceError, UnknownSessionError, problem
+from serving.errors import BadRequestError, ServiceError, TooManySocketsError, UnknownSessionError, problem
 from serving.images import Pixels, packed
 from serving.schemas import StepRequest
 from serving.sessions import Session
@@ -52,16 +53,21 @@ async def play(
 
     A frame is 4 bytes, little-endian: how long the JSON is that follows, {"step", "milliseconds", "version"}; then the
     picture. The first message is the frame where the session stands, so a player who connects again goes on from there.
-    A bad request is answered with a JSON text, the problem as over HTTP, and leaves the connection open; a
-    session that is not there closes it with 4404, a service that cannot open it with 4503.
+    A bad request is answered with a JSON text, the problem as over HTTP, and leaves the connection open; a session that
+    is not there closes it with 4404, one that has too many connections with 4429, a service that cannot open it with
+    4503.
     """
     engine: Engine = socket.app.state.engine
     clients: Clients = socket.app.state.clients
     client: Client = socket.state.client
+    most: int = socket.app.state.settings.max_sockets
     await socket.accept()
+    engine.sockets[session_id] += 1
     outbox = Outbox(socket)
     sending = asyncio.create_task(outbox.send())
     try:
+        if engine.sockets[session_id] > most:
+            raise TooManySocketsError(f"this session has {most} connections: close one")
         session = await engine.session(session_id, client)
         outbox.put(await message(session, session.steps, session.frame_HWC, 0.0, picture))
         while (received := await socket.receive())["type"] != "websocket.disconnect":
@@ -73,6 +79,7 @@ async def play(
     except WebSocketDisconnect:
         return
     finally:
+        engine.sockets -= Counter([session_id])  # drops what comes to nothing
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)  # a send that met a closed connection
 

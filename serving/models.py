@@ -6,17 +6,28 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 
-from serving.errors import NotReadyError, TooManyVersionsError, UnknownVersionError
+from serving.errors import BrokenVersionError, NotReadyError, TooManyVersionsError, UnknownVersionError
 from serving.metrics import Metrics
 from serving.model import FolderVersion, LoadedModel, ModelSource, ModelVersion, folder_digest, identity, load
 from serving.schemas import ModelVersionInfo
 from serving.settings import Settings
 
 log = logging.getLogger(__name__)
+
+
+class BrokenModelError(ValueError):
+    """A version holds no model that dreams."""
+
+
+class _Broken(NamedTuple):
+    reason: str
+    tries: int
+    again_at: float  # on the monotonic clock: not before that it is loaded again
 
 
 class Models:
@@ -37,6 +48,7 @@ class Models:
         self._identities: dict[str, tuple[str, str, str]] = {}  # of the source's versions, by number
         self._loading = threading.RLock()
         self._stopped = threading.Event()
+        self._broken: dict[tuple[str, ...], _Broken] = {}  # by identity and folder
         self._listed: tuple[float, list[ModelVersionInfo]] | None = None
 
     # ---- the alias
@@ -83,7 +95,8 @@ class Models:
     def asked(self, version: str) -> LoadedModel:
         """The version of that number or alias.
 
-        Raises UnknownVersionError, TooManyVersionsError, and NotReadyError where it is not to be had now.
+        Raises UnknownVersionError, TooManyVersionsError, BrokenVersionError, and NotReadyError where it cannot be asked
+        for. Why is in the log: reasons name folders and addresses.
         """
         known = self._in_memory.get(self._identities.get(version, ("", "", "")))
         if known:  # a number means the same for ever: nobody needs to be asked
@@ -94,8 +107,12 @@ class Models:
             return self._limited(found)
         except LookupError as error:
             raise UnknownVersionError(f"{error}; GET /v1/models lists them") from None
+        except BrokenModelError as error:
+            log.warning("version %s was asked for: %s", version, error)
+            raise BrokenVersionError(f"version {version} does not work: choose another") from None
         except ValueError as error:
-            raise NotReadyError(f"version {version} is not to be had: {error}") from None
+            log.warning("version %s was asked for: %s", version, error)
+            raise NotReadyError(f"version {version} is not to be had at the moment: try again later") from None
 
     def in_memory(self, version: ModelVersion) -> LoadedModel | None:
         return self._in_memory.get(identity(version))
@@ -116,7 +133,8 @@ class Models:
                     raise ValueError(f"{version.name} {version.version} is not served here")
                 return self._limited(found)
             except (ValueError, LookupError) as error:
-                raise NotReadyError(f"this session's model is not to be had: {error}") from None
+                log.warning("a session's model is not to be had: %s", error)
+                raise NotReadyError("this session's model is not to be had at the moment: try again later") from None
 
     def listed(self) -> list[ModelVersionInfo]:
         """All that the source knows of, asked at most every `poll_seconds`. Raises NotReadyError."""
@@ -141,9 +159,13 @@ class Models:
             return model
 
     def _bring(self, version: ModelVersion) -> LoadedModel:
-        """Loads and warms it, unless it is in memory. Raises ValueError when it holds no model that dreams."""
+        """Loads and warms it, unless it is in memory. Raises BrokenModelError; what is broken is rarely tried again."""
         with self._loading:
             model = self._in_memory.get(identity(version))
+            here = (*identity(version), version.folder)
+            broken = self._broken.get(here, _Broken("", 0, 0.0))
+            if model is None and time.monotonic() < broken.again_at:
+                raise BrokenModelError(broken.reason)
             if model is None:
                 began = time.perf_counter()
                 # Each thread that computes has helpers of its own; beside more helpers than cores, those of the thread
@@ -152,10 +174,13 @@ class Models:
                 try:
                     model = load(version)
                     self._warm(model)
-                except ValueError:
-                    raise
                 except Exception as error:  # whatever a file from elsewhere makes of a model
-                    raise ValueError(f"version {version.version} does not work: {error!r}") from error
+                    why = str(error) if isinstance(error, ValueError) else repr(error)
+                    reason = f"version {version.version} does not work: {why}"
+                    wait = self._settings.poll_seconds * 2 ** min(broken.tries, 6)
+                    self._broken[here] = _Broken(reason, broken.tries + 1, time.monotonic() + wait)
+                    raise BrokenModelError(reason) from error
+                self._broken.pop(here, None)
                 self._in_memory[model.identity] = model
                 log.info("loaded %s version %s in %.1f s", version.name, version.version, time.perf_counter() - began)
             return model

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Depends, File, Form, Path, Query, Request, Response, UploadFile
 from fastapi.responses import PlainTextResponse
-from pydantic import Json
+from pydantic import BeforeValidator, Json
 from starlette.concurrency import run_in_threadpool
 
 from genie_model.config import SamplingConfig
@@ -18,7 +18,15 @@ from serving import images
 from serving.clients import Client, Clients
 from serving.engine import Engine
 from serving.errors import BadRequestError, ServiceError, UnknownStartFrameError
-from serving.images import Animation, Pixels, frame_from_sketch, frame_from_upload, picture_in, png, png_data_url
+from serving.images import (
+    Animation,
+    Pixels,
+    frame_from_data_url,
+    frame_from_sketch,
+    frame_from_upload,
+    png,
+    png_data_url,
+)
 from serving.metrics import Metrics
 from serving.model import LoadedModel
 from serving.schemas import (
@@ -71,12 +79,16 @@ _PROBLEM: dict[str, Any] = {
 health = APIRouter(tags=["health"])
 v1 = APIRouter(prefix="/v1", tags=["play"], responses={"default": _PROBLEM})
 
+_SKETCH_LETTERS = 2**19  # which is far more than the most points and colours need
 _MEDIA_TYPES: dict[Animation, str] = {"gif": "image/gif", "mp4": "video/mp4"}
 _ANIMATION = {200: {"content": {kind: {} for kind in _MEDIA_TYPES.values()}, "description": "the animation"}}
 _PNG = {200: {"content": {"image/png": {}}, "description": "the frame; X-Steps says which"}}
 
 
-async def get_session(session_id: str, engine: EngineDep, client: ClientDep) -> Session:
+SessionId = Annotated[str, Path(description="as POST /v1/sessions gave it", examples=["pJ3mW0vQk6sZ9y2d"])]
+
+
+async def get_session(session_id: SessionId, engine: EngineDep, client: ClientDep) -> Session:
     return await engine.session(session_id, client)
 
 
@@ -120,7 +132,7 @@ async def starts(engine: EngineDep, settings: SettingsDep) -> Starts:
 
 
 @v1.get("/starts/{name}.png", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
-async def start_frame_png(name: str, engine: EngineDep) -> Response:
+async def start_frame_png(name: Annotated[str, Path(examples=["00"])], engine: EngineDep) -> Response:
     """A built-in start frame."""
     return Response(_start_frame(engine.model, name), media_type="image/png")
 
@@ -153,23 +165,53 @@ async def get_model(
 ModelDep = Annotated[LoadedModel, Depends(get_model)]
 
 
+def _only(*fields: str) -> Any:
+    """A dependency that refuses fields that are none of the form's: a misspelt seed would be no seed."""
+
+    async def look(request: Request) -> None:
+        if strangers := ", ".join(sorted(set(await request.form()) - set(fields))):
+            raise BadRequestError(f"the form has no field {strangers[:200]}; it has {', '.join(fields)}")
+
+    return Depends(look)
+
+
+_PROMPT = ("version", "image", "image_url", "start_frame", "sketch", "seed", "temperature", "maskgit_steps")
+
+
+def _not_too_long(sketch: object) -> object:
+    if isinstance(sketch, str) and len(sketch) > _SKETCH_LETTERS:
+        raise ValueError(f"a sketch may have {_SKETCH_LETTERS:,} letters of JSON")
+    return sketch
+
+
 async def get_prompt(
     engine: EngineDep,
     settings: SettingsDep,
+    client: ClientDep,
     model: ModelDep,
     image: Annotated[
         UploadFile | None, File(description="a picture of any size: its middle is taken, in the aspect of a frame")
     ] = None,
     image_url: Annotated[
-        str | None, Form(description="the same as a data URL of at most 1 MB, data:image/png;base64,...")
+        str | None, Form(description="the same as a data URL", examples=["data:image/png;base64,iVBORw0KGgo..."])
     ] = None,
     start_frame: Annotated[str | None, Form(description="the name of a built-in start frame", examples=["00"])] = None,
-    sketch: Annotated[Json[Sketch] | None, Form(description="a drawing or a canvas of colours, as JSON")] = None,
-    seed: Annotated[int | None, Form(ge=0, lt=2**31, description="the same seed dreams the same world")] = None,
-    temperature: Annotated[
-        float | None, Form(ge=0, le=10, allow_inf_nan=False, description="of the tokens' distribution")
+    sketch: Annotated[
+        Annotated[Json[Sketch], BeforeValidator(_not_too_long)] | None,
+        Form(
+            description="a drawing or a canvas of colours, as JSON",
+            examples=['{"canvas": [["#87ceeb"], ["#8b5a2b"]], "strokes": [{"points": [[0.2, 0.5], [0.8, 0.5]]}]}'],
+        ),
     ] = None,
-    maskgit_steps: Annotated[int | None, Form(ge=1, description="MaskGIT steps a frame, up to a limit")] = None,
+    seed: Annotated[
+        int | None, Form(ge=0, lt=2**31, description="the same seed dreams the same world", examples=[7])
+    ] = None,
+    temperature: Annotated[
+        float | None, Form(ge=0, le=10, allow_inf_nan=False, description="of the tokens' distribution", examples=[0.5])
+    ] = None,
+    maskgit_steps: Annotated[
+        int | None, Form(ge=1, description="MaskGIT steps a frame, up to a limit", examples=[2])
+    ] = None,
 ) -> Prompt:
     if sum(prompt is not None for prompt in (image, image_url, start_frame, sketch)) != 1:
         raise BadRequestError("send one of image, image_url, sketch, or the name of a start_frame")
@@ -177,27 +219,34 @@ async def get_prompt(
         raise BadRequestError(f"maskgit_steps must be from 1 to {settings.max_maskgit_steps}, not {maskgit_steps}")
     asked = {"temperature": temperature, "maskgit_steps": maskgit_steps}
     sampling = model.genie.config.sampling.model_copy(update={k: v for k, v in asked.items() if v is not None})
-    if sketch is not None:
-        size = model.info.frame_height, model.info.frame_width
-        return Prompt(model, await run_in_threadpool(frame_from_sketch, sketch, *size), seed, sampling)
-    if start_frame is not None:
-        picture = _start_frame(model, start_frame)
-    else:
-        picture = await image.read() if image else picture_in(image_url or "")
-    return Prompt(model, await _fitted(engine, settings, model, picture), seed, sampling)
+    size = model.info.frame_height, model.info.frame_width
+    async with engine.decoding.turn(client):
+        if sketch is not None:
+            frame_HWC = await run_in_threadpool(frame_from_sketch, sketch, *size)
+        elif image_url is not None:
+            frame_HWC = await run_in_threadpool(frame_from_data_url, image_url, *size, settings.max_upload_pixels)
+        else:
+            upload = await image.read() if image else _start_frame(model, start_frame or "")
+            frame_HWC = await run_in_threadpool(frame_from_upload, upload, *size, settings.max_upload_pixels)
+    return Prompt(model, frame_HWC, seed, sampling)
 
 
 PromptDep = Annotated[Prompt, Depends(get_prompt)]
 
 
-@v1.post("/sessions", status_code=201)
+@v1.post("/sessions", status_code=201, dependencies=[_only(*_PROMPT)])
 async def create_session(engine: EngineDep, prompt: PromptDep, client: ClientDep) -> SessionInfo:
     """A new world, from a picture, a sketch or a built-in start frame."""
     session = await engine.create(prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling, client)
     return session.info()
 
 
-@v1.post("/rollouts", response_class=Response, responses=_ANIMATION)  # type: ignore[arg-type]
+@v1.post(
+    "/rollouts",
+    dependencies=[_only(*_PROMPT, "actions", "frames_per_second", "format")],
+    response_class=Response,
+    responses=_ANIMATION,  # type: ignore[arg-type]
+)
 async def rollout(
     request: Request,
     engine: EngineDep,
@@ -205,8 +254,8 @@ async def rollout(
     clients: ClientsDep,
     prompt: PromptDep,
     actions: Annotated[str, Form(description="to take one after another, from 0", examples=["0,0,0,3,3,1"])],
-    frames_per_second: Annotated[int, Form(ge=1, le=50)] = 10,
-    kind: Annotated[Animation, Form(alias="format")] = "gif",
+    frames_per_second: Annotated[int, Form(ge=1, le=50, examples=[10])] = 10,
+    kind: Annotated[Animation, Form(alias="format", examples=["mp4"])] = "gif",
 ) -> Response:
     """The frames that a list of actions leads to, the prompt first, as an animation. No session is kept."""
     if not re.fullmatch(r"\d{1,4}(,\d{1,4}){0,499}", actions):
@@ -214,15 +263,16 @@ async def rollout(
     taken = [int(action) for action in actions.split(",")]
     clients.count_steps(client, len(taken))
     frames_THWC = await engine.rollout(
-        prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling, taken, request.is_disconnected
+        prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling, taken, client, request.is_disconnected
     )
     return await _animation(frames_THWC, kind, frames_per_second)
 
 
-@v1.post("/actions/infer")
+@v1.post("/actions/infer", dependencies=[_only("version", "frames")])
 async def infer_actions(
     engine: EngineDep,
     settings: SettingsDep,
+    client: ClientDep,
     model: ModelDep,
     frames: Annotated[list[UploadFile], File(description="two or more successive frames, in order")],
 ) -> InferredActions:
@@ -230,7 +280,11 @@ async def infer_actions(
     most = model.genie.config.data.clip_length
     if not 2 <= len(frames) <= most:
         raise BadRequestError(f"send 2 to {most} frames, not {len(frames)}")
-    clip = [await _fitted(engine, settings, model, await frame.read()) for frame in frames]
+    clip, size = [], (model.info.frame_height, model.info.frame_width)
+    for frame in frames:
+        async with engine.decoding.turn(client):  # others' pictures in between
+            upload = await frame.read()
+            clip.append(await run_in_threadpool(frame_from_upload, upload, *size, settings.max_upload_pixels))
     return InferredActions(model=model.info, actions=await engine.infer(model, np.stack(clip)))
 
 
@@ -269,7 +323,7 @@ async def previews(
     engine: EngineDep,
     client: ClientDep,
     clients: ClientsDep,
-    repeats: Annotated[int, Query(ge=1, le=8, description="times each action is taken")] = 3,
+    repeats: Annotated[int, Query(ge=1, le=8, description="times each action is taken", examples=[3])] = 3,
 ) -> Previews:
     """What each latent action would do from here: the session itself stays where it is."""
     clients.count_steps(client, repeats * session.model.info.num_actions)
@@ -278,7 +332,7 @@ async def previews(
 
 
 @v1.get("/sessions/{session_id}/frames/{t}", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
-async def past_frame(session: SessionDep, engine: EngineDep, t: Annotated[int, Path(ge=0)]) -> Response:
+async def past_frame(session: SessionDep, engine: EngineDep, t: Annotated[int, Path(ge=0, examples=[0])]) -> Response:
     """Any frame of the session's past as PNG; frame 0 is the prompt."""
     return _frame_response(t, (await engine.frames(session, t, t + 1))[0])
 
@@ -290,14 +344,14 @@ async def animation(
     engine: EngineDep,
     client: ClientDep,
     clients: ClientsDep,
-    kind: Animation,
-    frames_per_second: Annotated[int, Query(ge=1, le=50)] = 10,
-    last: Annotated[int, Query(ge=1, le=1000, description="at most so many frames, the newest")] = 300,
+    kind: Annotated[Animation, Path(examples=["gif"])],
+    frames_per_second: Annotated[int, Query(ge=1, le=50, examples=[10])] = 10,
+    last: Annotated[int, Query(ge=1, le=1000, description="at most so many frames, the newest", examples=[300])] = 300,
 ) -> Response:
     """The session as an animation."""
     start, stop = max(session.steps + 1 - last, 0), session.steps + 1
     clients.count_steps(client, stop - start)
-    async with engine.in_background(request.is_disconnected):
+    async with engine.long_jobs.turn(client, request.is_disconnected):
         frames_THWC = await engine.frames(session, start, stop)
         return await _animation(frames_THWC, kind, frames_per_second)
 
@@ -312,7 +366,7 @@ async def branch(
 
 
 @v1.delete("/sessions/{session_id}", status_code=204)
-async def delete_session(session_id: str, engine: EngineDep) -> None:
+async def delete_session(session_id: SessionId, engine: EngineDep) -> None:
     """Ends a session."""
     await engine.delete(session_id)
 
@@ -320,13 +374,6 @@ async def delete_session(session_id: str, engine: EngineDep) -> None:
 async def _animation(frames_THWC: Pixels, kind: Animation, frames_per_second: int) -> Response:
     packed = await run_in_threadpool(images.animation, frames_THWC, kind, frames_per_second)
     return Response(packed, media_type=_MEDIA_TYPES[kind], headers={"Cache-Control": "no-store"})
-
-
-async def _fitted(engine: Engine, settings: Settings, model: LoadedModel, picture: bytes) -> Pixels:
-    async with engine.decoding:
-        return await run_in_threadpool(
-            frame_from_upload, picture, model.info.frame_height, model.info.frame_width, settings.max_upload_pixels
-        )
 
 
 def _start_frame(model: LoadedModel, name: str) -> bytes:

@@ -85,9 +85,12 @@ class Stroke(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     colour: Colour = "#000000"
-    width: Share = Field(0.05, description="as a share of the frame's width")
+    width: Share = Field(0.05, description="as a share of the frame's width", examples=[0.05])
     points: Annotated[list[tuple[Share, Share]], FailFast()] = Field(
-        min_length=1, max_length=2000, description="(x, y) as shares of the frame's width and height, from the top left"
+        min_length=1,
+        max_length=2000,
+        description="(x, y) as shares of the frame's width and height, from the top left",
+        examples=[[[0.2, 0.5], [0.8, 0.5]]],
     )
 
 

@@ -51,7 +51,10 @@ class Settings(BaseSettings):
     max_sessions: int = Field(16, ge=1, description="sessions open at once")
     idle_seconds: float = Field(900.0, gt=0, description="a session that nobody steps for this long ends")
     max_rollouts: int = Field(4, ge=1, description="rollouts and animations that are made or wait")
+    max_rollout_seconds: float = Field(120.0, gt=0, description="a rollout or animation not made by then is refused")
     max_step_seconds: float = Field(30.0, gt=0, description="a step that has waited so long is refused with 503")
+    max_connections: int = Field(1000, ge=1, description="connections open at once; to more the answer is 503")
+    max_sockets: int = Field(4, ge=1, description="WebSockets open to one session")
     max_upload_seconds: float = Field(30.0, gt=0, description="a request's body has to be there by then")
     api_keys: str | None = Field(
         None,
@@ -60,6 +63,9 @@ class Settings(BaseSettings):
     )
     client_sessions: int = Field(8, ge=0, description="sessions that one client may have open; 0: any number")
     client_steps_per_minute: int = Field(6000, ge=0, description="steps that one client may take; 0: any number")
+    client_rollouts: int = Field(
+        2, ge=0, description="rollouts and animations of one client that are made or wait; 0: any number"
+    )
     client_worlds_per_minute: int = Field(
         60, ge=0, description="sessions, rollouts and inferences that one client may begin; 0: any number"
     )

@@ -2,14 +2,14 @@
 
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 8000;
-const FULL = ["too_many_sessions", "too_many_versions"];
+const LASTING = ["too_many_sessions", "too_many_versions", "version_broken"];
 
 export class ServiceError extends Error {
   constructor(status, message, code) {
     super(message);
     this.status = status;
     // No answer, a gateway's, or a model that still loads: what was asked may be asked again
-    this.passing = status === 0 || ([502, 503, 504].includes(status) && !FULL.includes(code));
+    this.passing = status === 0 || ([502, 503, 504].includes(status) && !LASTING.includes(code));
     // The service itself said no, for a reason that a moment may not mend
     this.refused = Boolean(code) && code !== "step_too_slow";
   }

@@ -146,7 +146,7 @@ def test_versions_are_chosen_on_the_page(service: tuple[str, Engine], browser: C
 
 @pytest.mark.parametrize(
     ("version", "status", "words"),
-    [("9", 404, "no version 9"), ("2", 503, "no model"), ("0", None, "3 actions and version 3 has 4")],
+    [("9", 404, "no version 9"), ("2", 503, "version 2 does not work"), ("0", None, "3 actions and version 3 has 4")],
 )
 def test_what_cannot_be_played_beside_says_why_and_leaves_the_first_playable(
     version: str, status: int | None, words: str, service: tuple[str, Engine], browser: Chromium

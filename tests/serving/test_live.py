@@ -189,3 +189,15 @@ def test_every_answer_has_a_number_and_a_line(serve: Serve, caplog: pytest.LogCa
     assert (first["request_id"], first["route"], first["status"]) == ("from-a.proxy:1", "/healthz", 200)
     assert (second["request_id"], second["status"], second["level"]) == (strange, 404, "info")
     assert second["milliseconds"] >= 0
+
+
+def test_a_session_s_id_is_a_secret_and_in_no_line(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    client = serve()
+    with caplog.at_level(logging.INFO):
+        session = create(client)
+        step(client, session, 0)
+        with client.websocket_connect(f"/v1/sessions/{session}/play") as socket:
+            received(socket)
+    lines = [JsonLines().format(record) for record in caplog.records if record.name.startswith("serving")]
+    assert any('"route": "/v1/sessions/{session_id}/step"' in line for line in lines)
+    assert session not in "".join(lines)

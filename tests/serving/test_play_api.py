@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +19,6 @@ from PIL import Image
 from play_help import assert_error, create, eventually, picture, pixels, play, step
 
 from genie_model.checkpoint import load_model
-from serving.images import frame_from_upload
 
 Serve = Callable[..., TestClient]
 
@@ -160,25 +157,6 @@ def test_an_endless_upload_is_refused_while_it_is_read(serve: Serve) -> None:
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     response = serve(max_upload_bytes=100_000).post("/v1/sessions", content=endless(), headers=headers)
     assert_error(response, 413, "upload_too_large")
-
-
-def test_only_two_uploads_are_decoded_at_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    busy, most, lock = 0, 0, threading.Lock()
-
-    def watched(upload: bytes, height: int, width: int, max_pixels: int) -> np.ndarray:
-        nonlocal busy, most
-        with lock:
-            busy, most = busy + 1, max(most, busy + 1)
-        time.sleep(0.05)
-        with lock:
-            busy -= 1
-        return frame_from_upload(upload, height, width, max_pixels)
-
-    monkeypatch.setattr("serving.routes.frame_from_upload", watched)
-    client, image = serve(), picture(np.zeros((64, 64, 3), np.uint8))
-    with ThreadPoolExecutor(8) as pool:
-        assert {answer.status_code for answer in pool.map(lambda _: upload(client, image), range(8))} == {201}
-    assert most == 2
 
 
 # ---- other prompts

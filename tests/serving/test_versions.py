@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,13 +109,31 @@ def test_a_session_may_ask_for_a_version_by_number_or_alias(
     assert played(client, create(client, version="2")) == "2"
 
 
-def test_a_version_that_is_asked_for_and_does_not_load_says_why(
-    serve: Serve, registry: Registry, tmp_path: Path
+def test_a_version_that_is_asked_for_and_does_not_load_is_tried_rarely_and_its_folder_is_not_told(
+    serve: Serve, registry: Registry, model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client = serve()
+    client = serve(poll_seconds=0.2)
     registry.known["2"] = registry.of("2", tmp_path)
-    refused = client.post("/v1/sessions", data={"start_frame": "00", "version": "2"})
-    assert_error(refused, 503, "not_ready", "version 2", "no model")
+    for _ in range(2):
+        refused = client.post("/v1/sessions", data={"start_frame": "00", "version": "2"})
+        assert_error(refused, 503, "version_broken", "version 2 does not work")
+        assert str(tmp_path) not in refused.text
+    assert f"no model at {tmp_path}" in caplog.text
+    shutil.copytree(model_folder, tmp_path, dirs_exist_ok=True)
+    eventually(lambda: client.post("/v1/sessions", data={"start_frame": "00", "version": "2"}).status_code == 201)
+
+
+def test_a_broken_champion_is_not_loaded_at_every_look(
+    serve: Serve, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[object] = []
+    monkeypatch.setattr("serving.models.load", lambda version: (loads.append(version), load(version))[1])
+    client = serve(poll_seconds=0.01)
+    loads.clear()
+    registry.set_alias("2", tmp_path)
+    time.sleep(1)
+    assert "no model" in client.get("/readyz").json()["problem"]
+    assert 2 <= len(loads) <= 10
 
 
 def test_versions_that_nobody_plays_leave_memory_and_those_in_play_stay(

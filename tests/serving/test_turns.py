@@ -1,0 +1,234 @@
+"""Whose turn it is: players go first, and no client takes what is everybody's."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+from PIL import Image
+from play_help import assert_error, create, eventually, picture, step
+from starlette.websockets import WebSocketDisconnect
+
+from serving.connections import ImpatientProtocol
+from serving.images import frame_from_upload
+
+Serve = Callable[..., TestClient]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> str:
+    """Of the clients a, b and c, whose keys are their names."""
+    file = tmp_path / "keys.toml"
+    file.write_text("".join(f'[{a}]\nsha256 = "{hashlib.sha256(a.encode()).hexdigest()}"\n' for a in "abc"))
+    return str(file)
+
+
+def of(client: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {client}"}
+
+
+def test_a_step_waits_for_one_painted_frame_at_most_however_many_are_asked_for(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = serve()
+    session, other = create(client), create(client)
+    step(client, session, 0)
+    order: list[str] = []
+    keeper = client.app.state.engine._keeper  # type: ignore[attr-defined]
+    paint, take = keeper.past_frames, keeper.step
+    go = threading.Event()
+    monkeypatch.setattr(keeper, "past_frames", lambda *a: (go.wait(10), order.append("painted"), paint(*a))[2])
+    monkeypatch.setattr(keeper, "step", lambda *a: (order.append("step"), take(*a))[1])
+    with ThreadPoolExecutor(6) as pool:
+        frames = [pool.submit(client.get, f"/v1/sessions/{session}/frames/0") for _ in range(5)]
+        eventually(lambda: client.app.state.engine._behind.locked())  # type: ignore[attr-defined]
+        stepped = pool.submit(step, client, other, 1)
+        eventually(lambda: client.app.state.engine._worker._work_queue.qsize() > 0)  # type: ignore[attr-defined]
+        go.set()
+        assert stepped.result().status_code == 200
+        assert {frame.result().status_code for frame in frames} == {200}
+    assert order.index("step") == 1, order
+
+
+def test_what_waits_behind_players_too_long_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve(max_step_seconds=0.3)
+    session = create(client)
+    keeper, go = client.app.state.engine._keeper, threading.Event()  # type: ignore[attr-defined]
+    paint = keeper.past_frames
+    monkeypatch.setattr(keeper, "past_frames", lambda *args: (go.wait(10), paint(*args))[1])
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.get, f"/v1/sessions/{session}/frames/0")
+        eventually(lambda: client.app.state.engine._behind.locked())  # type: ignore[attr-defined]
+        refused = client.get(f"/v1/sessions/{session}/frames/0")
+        assert_error(refused, 503, "step_too_slow", "send it again")
+        assert int(refused.headers["retry-after"]) > 0
+        go.set()
+        assert first.result().status_code == 200
+
+
+def test_one_client_may_wait_for_few_rollouts_and_leaves_places_to_others(
+    serve: Serve, keys: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, form = serve(api_keys=keys, max_rollouts=3, client_rollouts=2), {"start_frame": "00", "actions": "0,1"}
+    go, genie = threading.Event(), client.app.state.engine.model.genie  # type: ignore[attr-defined]
+    start = genie.start
+    monkeypatch.setattr(genie, "start", lambda *args, **kwargs: (go.wait(10), start(*args, **kwargs))[1])
+    with ThreadPoolExecutor(5) as pool:
+        greedy = [pool.submit(client.post, "/v1/rollouts", data=form, headers=of("a")) for _ in range(3)]
+        eventually(lambda: sum(answer.done() for answer in greedy) == 1)
+        other = pool.submit(client.post, "/v1/rollouts", data=form, headers=of("b"))
+        eventually(lambda: client.app.state.engine.long_jobs._of_client.total() == 3)  # type: ignore[attr-defined]
+        late = client.post("/v1/rollouts", data=form, headers=of("c"))
+        assert_error(late, 429, "too_many_requests", "3 rollouts")
+        go.set()
+        assert sorted(answer.result().status_code for answer in greedy) == [200, 200, 429]
+        assert other.result().status_code == 200
+    refused = next(answer.result() for answer in greedy if answer.result().status_code == 429)
+    assert_error(refused, 429, "too_many_requests", "of yours")
+    assert int(refused.headers["retry-after"]) > 0
+
+
+def test_a_rollout_that_takes_too_long_is_refused_and_gives_up_its_place(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = serve(max_rollout_seconds=0.3)
+    genie = client.app.state.engine.model.genie  # type: ignore[attr-defined]
+    dream = genie.step
+    monkeypatch.setattr(genie, "step", lambda *args: (time.sleep(0.1), dream(*args))[1])
+    refused = client.post("/v1/rollouts", data={"start_frame": "00", "actions": ",".join("0" * 20)})
+    assert_error(refused, 503, "job_too_slow", "0.3 seconds", "fewer frames")
+    assert int(refused.headers["retry-after"]) > 0
+    assert client.post("/v1/rollouts", data={"start_frame": "00", "actions": "0"}).status_code == 200
+
+
+@pytest.mark.parametrize(("clients", "at_once"), [("a", 1), ("abc", 2)])
+def test_two_uploads_are_decoded_at_once_and_of_one_client_one(
+    clients: str, at_once: int, serve: Serve, keys: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, most, lock = 0, 0, threading.Lock()
+
+    def watched(upload: bytes, height: int, width: int, max_pixels: int) -> np.ndarray:
+        nonlocal busy, most
+        with lock:
+            busy, most = busy + 1, max(most, busy + 1)
+        time.sleep(0.05)
+        with lock:
+            busy -= 1
+        return frame_from_upload(upload, height, width, max_pixels)
+
+    monkeypatch.setattr("serving.routes.frame_from_upload", watched)
+    client, image = serve(api_keys=keys), picture(np.zeros((64, 64, 3), np.uint8))
+
+    def upload(number: int) -> int:
+        name = clients[number % len(clients)]
+        return client.post("/v1/sessions", files={"image": image}, headers=of(name)).status_code
+
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(upload, range(6))) == {201}
+    assert most == at_once
+
+
+def test_an_upload_that_waits_too_long_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, image, go = serve(max_upload_seconds=0.3), picture(np.zeros((64, 64, 3), np.uint8)), threading.Event()
+    monkeypatch.setattr("serving.routes.frame_from_upload", lambda *args: (go.wait(10), frame_from_upload(*args))[1])
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.post, "/v1/sessions", files={"image": image})
+        eventually(lambda: client.app.state.engine.decoding._two._value == 1)  # type: ignore[attr-defined]
+        assert_error(client.post("/v1/sessions", files={"image": image}), 503, "decoding_too_slow", "try again")
+        go.set()
+        assert first.result().status_code == 201
+
+
+def test_a_large_photograph_looks_the_same_though_little_of_it_is_decoded() -> None:
+    small_HWC = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    photo, buffer = Image.fromarray(small_HWC).resize((3000, 2000), Image.Resampling.BICUBIC), io.BytesIO()
+    photo.save(buffer, "JPEG", quality=95)
+    found, expected = (
+        frame_from_upload(data, 64, 64, 10**8) for data in (buffer.getvalue(), picture(np.asarray(photo)))
+    )
+    assert np.abs(found.astype(int) - expected).max() < 12
+
+
+def test_a_session_has_few_connections(serve: Serve) -> None:
+    client = serve(max_sockets=2)
+    session = create(client)
+    path = f"/v1/sessions/{session}/play"
+    with client.websocket_connect(path) as first, client.websocket_connect(path) as second:
+        first.receive_bytes(), second.receive_bytes()
+        with client.websocket_connect(path) as third, pytest.raises(WebSocketDisconnect) as closed:
+            third.receive_bytes()
+        assert closed.value.code == 4429
+        first.send_text(json.dumps({"action": 0}))
+        first.receive_bytes()
+    with client.websocket_connect(path) as again:
+        again.receive_bytes()
+    assert not client.app.state.engine.sockets  # type: ignore[attr-defined]
+
+
+def test_a_connection_that_brings_no_request_is_closed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.connections.HEADER_SECONDS", 0.5)
+    client = serve()
+    session = create(client)
+    config = uvicorn.Config(client.app, port=0, log_level="error", lifespan="off", http=ImpatientProtocol)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    eventually(lambda: server.started)
+    address = server.servers[0].sockets[0].getsockname()[:2]
+    whole = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+    upgrade = (
+        f"GET /v1/sessions/{session}/play HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    ).encode()
+    try:
+        for begun in (b"", whole[:20], whole + whole[:20]):
+            with socket.create_connection(address, timeout=10) as connection:
+                connection.sendall(begun)
+                began = time.monotonic()
+                while connection.recv(10_000):
+                    pass
+                assert 0.3 < time.monotonic() - began < 4
+        with socket.create_connection(address, timeout=1) as live:  # a player thinks for longer
+            live.sendall(upgrade)
+            while b"milliseconds" not in live.recv(10_000):
+                pass
+            with pytest.raises(TimeoutError):
+                live.recv(10_000)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def test_what_is_parsed_at_once_is_short_and_a_data_url_may_be_as_large_as_an_upload(serve: Serve) -> None:
+    client = serve()
+    session = create(client)
+    long = {"action": 0, "x": "x" * 70_000}
+    assert_error(client.post(f"/v1/sessions/{session}/step", json=long), 413, "upload_too_large", "application/json")
+    noise_HWC = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
+    url = "data:image/png;base64," + base64.b64encode(picture(noise_HWC)).decode()
+    assert len(url) > 2**22
+    assert client.post("/v1/sessions", files={"image_url": (None, url)}).status_code == 201
+    assert_error(client.post("/v1/sessions", data={"image_url": url}), 413, "upload_too_large", "urlencoded")
+    sketch = json.dumps({"canvas": [["#ffffff"]], "strokes": [], "x": "x" * 2**19})
+    assert_error(client.post("/v1/sessions", files={"sketch": (None, sketch)}), 422, "invalid_request", "letters")
+
+
+def test_a_misspelt_field_is_no_silent_default(serve: Serve) -> None:
+    client = serve()
+    for path, form in (("/v1/sessions", {}), ("/v1/rollouts", {"actions": "0"})):
+        wrong = client.post(path, data={"start_frame": "00", "sead": "3", **form})
+        assert_error(wrong, 422, "invalid_request", "no field sead", "seed")
+    files = [("frames", ("a.png", b"x")), ("versions", (None, "1"))]
+    assert_error(client.post("/v1/actions/infer", files=files), 422, "invalid_request", "no field versions")
