@@ -64,7 +64,7 @@ STUDIES: dict[str, Variants] = {
         "8 steps, drawn, temperature 1 to 0": _steps(8, *_DRAW, "sampling.last_temperature=0"),
         "8 steps, drawn, Halton order": _steps(8, *_DRAW, "sampling.order=halton"),
         "8 steps, drawn at 0.5, Halton order": _steps(8, *_DRAW, "sampling.order=halton", "sampling.temperature=0.5"),
-        "1 step, bf16": ("sampling.precision=bf16",),
+        "1 step, float32": ("sampling.precision=fp32",),
         **{f"{n} steps": _steps(n) for n in (12, 25)},
         "25 steps, drawn (paper)": _steps(25, *_DRAW),
     },

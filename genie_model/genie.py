@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -126,33 +126,58 @@ class Genie(nn.Module):
             actions_BT[:, 1:] = self.infer_actions(frames_BTHWC)
         with self._play_precision():
             codes_BTNC = self.tokenizer.encode(_to_unit(frames_BTHWC))
-        state = self.resume(codes_BTNC, actions_BT, seeds, [frames_BTHWC.shape[1]] * len(seeds))
+        state = self._empty(seeds, [frames_BTHWC.shape[1]] * len(seeds), frames_BTHWC.shape[1])
+        self._replay(state, codes_BTNC, actions_BT)
         state.frame_BHWC = frames_BTHWC[:, -1]  # itself, not what the tokenizer keeps of it
         return state
 
-    @torch.no_grad()
     def resume(self, codes_BTNC: Tensor, actions_BT: Tensor, seeds: Sequence[int], t: Sequence[int]) -> PlayState:
         """Enters worlds where they were left: from the codes of their last frames and the actions that led to each.
 
         int64; NO_ACTION where none led to a frame, the very first one. `t` counts all frames of each world. From its
-        last `memory` frames, or from all, a world goes on exactly as if it had never been left (up to rounding).
+        last `memory` frames, or from all, a world goes on exactly as if it had never been left.
         """
-        codes_BTNC, has_action = codes_BTNC.to(self.device), actions_BT.to(self.device) != NO_ACTION
-        actions_BTL = self.lam.quantizer.embed(actions_BT.to(self.device).clamp_min(0)) * has_action[..., None]
-        state = PlayState(list(seeds), list(t), codes_BTNC, codes_BTNC, TemporalCache(), TemporalCache())
+        *_, state = self.resuming(codes_BTNC, actions_BT, seeds, t)
+        return state
+
+    @torch.no_grad()
+    def resuming(
+        self, codes_BTNC: Tensor, actions_BT: Tensor, seeds: Sequence[int], t: Sequence[int]
+    ) -> Iterator[PlayState]:
+        """`resume` frame by frame, so that whoever calls can do something else in between; the last state is whole.
+
+        Every frame is computed as when it was dreamt, alone and at its own position. So the bits are the same too where
+        those of a row do not hang on the number of rows (bfloat16 matmuls), and elsewhere up to rounding.
+        """
+        frames = codes_BTNC.shape[1]
+        state = self._empty(seeds, t, frames)
+        for frame in range(frames):
+            self._replay(state, codes_BTNC[:, frame : frame + 1].to(self.device), actions_BT[:, frame : frame + 1])
+            yield state
+
+    def _empty(self, seeds: Sequence[int], t: Sequence[int], frames: int) -> PlayState:
+        """Worlds whose last frames are yet to be replayed."""
+        state = PlayState(list(seeds), list(t), torch.empty(0), torch.empty(0), TemporalCache(), TemporalCache())
+        state.dynamics.positions, state.decoder.positions = ([n - frames for n in t] for _ in range(2))
+        return state
+
+    def _replay(self, state: PlayState, codes_BTNC: Tensor, actions_BT: Tensor) -> None:
+        """The frames that follow the state's, and the actions that led to them."""
+        actions_BT = actions_BT.to(self.device)
+        actions_BTL = self.lam.quantizer.embed(actions_BT.clamp_min(0)) * (actions_BT != NO_ACTION)[..., None]
         with self._play_precision():
             self.dynamics.remember(codes_BTNC, actions_BTL, self.tokenizer.quantizer.codebook_VL, state.dynamics)
             self._show(state, codes_BTNC)
-        return state
 
     @property
     def memory(self) -> int:
         """Frames that the next one may hang on: every temporal layer looks a window further back."""
-        reach = [
-            sum(module.window - 1 for module in part.modules() if isinstance(module, TemporalAttention))
-            for part in (self.dynamics, self.tokenizer.decoder)
-        ]
-        return 1 + max(reach)
+        return max(_memory(self.dynamics), self.picture_memory)
+
+    @property
+    def picture_memory(self) -> int:
+        """Frames whose codes decide one picture, its own among them."""
+        return _memory(self.tokenizer.decoder)
 
     @torch.no_grad()
     def step(self, state: PlayState, action_B: Tensor, sampling: SamplingConfig | None = None) -> Tensor:
@@ -241,16 +266,27 @@ class Genie(nn.Module):
         """uint8 clips -> codes (B, T, N * C)."""
         return self.tokenizer.encode(_to_unit(frames_BTHWC.to(self.device))).flatten(2).cpu()
 
-    @torch.inference_mode()
-    def pictures(self, codes_BTNC: Tensor) -> Tensor:
-        """Codes -> uint8 frames, as play paints them one by one."""
-        with self._play_precision():
-            return _to_uint8(self.tokenizer.decode(codes_BTNC.to(self.device))).cpu()
+    @torch.no_grad()
+    def painting(self, codes_BTNC: Tensor, t: Sequence[int]) -> Iterator[Tensor]:
+        """The uint8 frames (B, H, W, 3) that play showed, one by one, of codes of which the first are frames `t`.
+
+        Those behind the first `picture_memory`, or behind frame 0, are what was seen, as exactly as `resuming`'s.
+        """
+        cache = TemporalCache()
+        cache.positions = list(t)
+        for frame in range(codes_BTNC.shape[1]):
+            with self._play_precision():
+                x_B1HWC = self.tokenizer.decode(codes_BTNC[:, frame : frame + 1].to(self.device), cache)
+            yield _to_uint8(x_B1HWC[:, 0]).cpu()
 
     @torch.inference_mode()
     def reconstruct(self, frames_BTHWC: Tensor) -> Tensor:
         """uint8 clips through the tokenizer and back."""
         return _to_uint8(self.tokenizer.decode(self.tokenizer.encode(_to_unit(frames_BTHWC.to(self.device))))).cpu()
+
+
+def _memory(part: nn.Module) -> int:
+    return 1 + sum(module.window - 1 for module in part.modules() if isinstance(module, TemporalAttention))
 
 
 def _to_unit(frames: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def _demo() -> Config:
             code_vectors=True,
             clean_frames=0.5,
         ),
-        sampling=SamplingConfig(maskgit_steps=1, choice="mean", temperature=0.5, order_noise=0.0),
+        sampling=SamplingConfig(maskgit_steps=1, choice="mean", temperature=0.5, order_noise=0.0, precision="bf16"),
         train_tokenizer=StageConfig(steps=800, batch_size=4, optimizer=tokenizer_rates, checkpoint_every=100),
         train_world=StageConfig(steps=1400, batch_size=4, optimizer=world_rates, checkpoint_every=100),
         evaluation=EvaluationConfig(clips=128),

@@ -40,7 +40,7 @@ from serving.errors import (
     TooManySessionsOfClientError,
     UnknownSessionError,
 )
-from serving.images import Pixels
+from serving.images import Pixels, frame_from_png
 from serving.metrics import Metrics
 from serving.model import LoadedModel, ModelSource, warm
 from serving.models import Models
@@ -54,12 +54,11 @@ from serving.turns import Decoding, LongJobs, leave_if
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _ELSEWHERE = "this session ended or went on elsewhere: ask where it stands"
-_FRAMES_AT_ONCE = 32  # of a past that is painted again: players step in between
 _LOAD_SECONDS = 60.0
 _PREVIEWS = 3  # requests for them that one session may have
 _GATHER_SECONDS = 0.02  # after a pass, for the next steps of those who shared it: then they share this one too
 _ALONE_SECONDS = 2.0  # a world nobody steps for so long no longer holds on to those it stepped beside
-_PARK_SECONDS = 30.0  # a world nobody steps for so long leaves memory; its tokens bring it back
+_PARK_SECONDS = 120.0  # a world nobody steps for so long leaves memory; its tokens bring it back
 
 
 @dataclass(eq=False)
@@ -146,8 +145,10 @@ class Engine:
                 model = self.models.in_memory(record.model)
                 if model is None:
                     model = await self._load(self._loaders, partial(self.models.of_session, record.model))
-                found = await self._run_behind(partial(self._keeper.reopen, record, length, model))
-                found.owner = client.name
+                sampling, steps = SamplingConfig.model_validate_json(record.sampling), length - 1
+                prompt_HWC = frame_from_png(record.prompt)
+                found = Session(record.id, model, record.seed, sampling, prompt_HWC, steps, owner=client.name)
+                found.frame_HWC = (await self.frames(found, steps, steps + 1))[0]
             self._sessions.setdefault(session_id, found)
         return self._sessions[session_id]
 
@@ -224,8 +225,10 @@ class Engine:
                 self._steps.remove(waiting)
 
     async def _wake(self, session: Session) -> None:
+        pieces = self._keeper.waking(session)
         try:
-            await self._run_behind(partial(self._keeper.wake, session))
+            while await self._run_behind(partial(next, pieces, "awake")) is None:
+                pass
         except UnknownSessionError:
             self._sessions.pop(session.id, None)
             raise SessionMovedError(_ELSEWHERE) from None
@@ -377,20 +380,22 @@ class Engine:
         """Frames start..stop of the session's past, frame 0 being the prompt: uint8 (T, H, W, 3)."""
         if not 0 <= start < stop <= session.steps + 1:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {start} to {stop - 1}")
-        parts = [
-            await self._run_behind(
-                partial(self._keeper.past_frames, session, begin, min(begin + _FRAMES_AT_ONCE, stop))
-            )
-            for begin in range(start, stop, _FRAMES_AT_ONCE)
-        ]
-        return np.concatenate(parts)
+        frames_THWC = np.empty((stop - start, *session.frame_HWC.shape), np.uint8)
+        pieces, painted = self._keeper.painting(session, start, stop), 0
+        while (piece := await self._run_behind(partial(next, pieces, None))) is not None:
+            for frame_HWC in piece:
+                frames_THWC[painted] = frame_HWC
+                painted += 1
+        return frames_THWC
 
     async def branch(self, session: Session, t: int, client: Client) -> Session:
         """A new session that shares this one's frames up to t, its seed and its model, and goes on by itself."""
         if not 0 <= t <= session.steps:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {t}")
         with self._place(client):
-            branch = await self._run_behind(partial(self._keeper.branch, session, t, secrets.token_urlsafe(12)))
+            (frame_HWC,) = await self.frames(session, t, t + 1)
+            copied = partial(self._keeper.branch, session, t, frame_HWC, secrets.token_urlsafe(12))
+            branch = await self._run_behind(copied)
         branch.owner = client.name
         self._sessions[branch.id] = branch
         return branch

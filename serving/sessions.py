@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from serving.store import Frame, SessionRecord, SessionStore
 from serving.worlds import World
 
 _FEW = 2
+_PAINTED, _REPLAYED = 8, 4  # frames at once: some 20 ms of `demo`, then others step
 ENDED = "this session does not exist or has ended: create a new one"
 
 
@@ -98,13 +100,23 @@ class Keeper:
 
     def wake(self, session: Session) -> World:
         """Brings a parked world back, from the tokens of the last frames that matter. Raises UnknownSessionError."""
+        for _ in self.waking(session):
+            pass
+        assert session.world is not None
+        return session.world
+
+    def waking(self, session: Session) -> Iterator[None]:
+        """`wake` in pieces, so that others step in between."""
         if session.world is None:
             genie = session.model.genie
             kept = self._kept(session, max(session.steps + 1 - genie.memory, 0), session.steps + 1)
-            codes_1TNC = torch.from_numpy(np.stack([frame.codes_NC for frame in kept]).astype(np.int64))[None]
             actions_1T = torch.tensor([[frame.action for frame in kept]])
-            session.world = World(genie.resume(codes_1TNC, actions_1T, [session.seed], [session.steps + 1]))
-        return session.world
+            states = genie.resuming(_codes(kept), actions_1T, [session.seed], [session.steps + 1])
+            for replayed, state in enumerate(states, 1):
+                world = World(state)
+                if replayed % _REPLAYED == 0:
+                    yield
+            session.world = world
 
     def park(self, session: Session) -> None:
         """Its world leaves memory."""
@@ -120,21 +132,24 @@ class Keeper:
         world = self.wake(session)
         return world.state.take([world.row] * times)
 
-    def past_frames(self, session: Session, start: int, stop: int) -> Pixels:
-        """Frames start..stop as they were seen (up to rounding); frame 0 is the prompt itself."""
+    def painting(self, session: Session, start: int, stop: int) -> Iterator[list[Pixels]]:
+        """Frames start..stop as they were seen, in pieces; frame 0 is the prompt itself. Raises UnknownSessionError."""
         genie = session.model.genie
-        kept = self._kept(session, max(start + 1 - genie.memory, 0), stop)
-        frames_THWC = genie.pictures(torch.from_numpy(np.stack([f.codes_NC for f in kept]).astype(np.int64))[None])[0]
-        frames = frames_THWC.numpy()[start - kept[0].t :]
-        if start == 0:
-            frames[0] = frame_from_png(self._prompt(session))
-        return frames
+        first = max(start + 1 - genie.picture_memory, 0)
+        codes_1TNC = _codes(self._kept(session, first, stop))
+        piece: list[Pixels] = []
+        for t, frame_1HWC in enumerate(genie.painting(codes_1TNC, [first]), first):
+            if t >= start:
+                piece.append(frame_1HWC[0].numpy() if t else frame_from_png(self._prompt(session)))
+            if (t - first) % _PAINTED == _PAINTED - 1:
+                yield piece
+                piece = []
+        yield piece
 
-    def branch(self, session: Session, t: int, new_id: str) -> Session:
-        """A new session with this one's frames 0..t. Raises UnknownSessionError."""
+    def branch(self, session: Session, t: int, frame_HWC: Pixels, new_id: str) -> Session:
+        """A new session with this one's frames 0..t, the last of which is `frame_HWC`. Raises UnknownSessionError."""
         kept = self._kept(session, 0, t + 1)
-        branch = Session(new_id, session.model, session.seed, session.sampling, session.frame_HWC, steps=t)
-        branch.frame_HWC = self.past_frames(session, t, t + 1)[0]
+        branch = Session(new_id, session.model, session.seed, session.sampling, frame_HWC, steps=t)
         copies = [Frame(new_id, frame.t, frame.action, frame.codes_NC) for frame in kept]
         self.store.create(self._record(branch, self._prompt(session)), copies)
         return branch
@@ -145,13 +160,6 @@ class Keeper:
         if found is None:
             raise UnknownSessionError(ENDED)
         return found
-
-    def reopen(self, record: SessionRecord, length: int, model: LoadedModel) -> Session:
-        """The session that was found. Raises UnknownSessionError where it ended meanwhile."""
-        sampling, steps = SamplingConfig.model_validate_json(record.sampling), length - 1
-        session = Session(record.id, model, record.seed, sampling, frame_from_png(record.prompt), steps=steps)
-        session.frame_HWC = self.past_frames(session, steps, steps + 1)[0]
-        return session
 
     def actions(self, session: Session, start: int, stop: int) -> list[int]:
         """Those that led to frames start..stop."""
@@ -177,3 +185,8 @@ class Keeper:
             session.id, info.name, info.version, info.run_id, session.model.folder, session.seed,
             session.sampling.model_dump_json(), prompt,
         )  # fmt: skip
+
+
+def _codes(frames: list[Frame]) -> torch.Tensor:
+    """(1, T, N, C), int64."""
+    return torch.from_numpy(np.stack([frame.codes_NC for frame in frames]).astype(np.int64))[None]

@@ -361,7 +361,7 @@ def test_an_unexpected_error_is_answered_and_logged_with_the_request_s_number(
 ) -> None:
     client = serve()
     session = create(client)
-    monkeypatch.setattr(client.app.state.engine._keeper, "past_frames", lambda *args: 1 / 0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(client.app.state.engine._keeper, "painting", lambda *args: 1 / 0)  # type: ignore[attr-defined]
     with caplog.at_level(logging.ERROR):
         answer = client.get(f"/v1/sessions/{session}/frames/0", headers={"X-Request-ID": "my-number"})
     assert_error(answer, 500, "internal", "X-Request-ID")

@@ -193,7 +193,7 @@ def test_every_answer_has_a_number_and_a_line(serve: Serve, caplog: pytest.LogCa
 
 def test_a_session_s_id_is_a_secret_and_in_no_line(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     client = serve()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "serving.access"):
         session = create(client)
         step(client, session, 0)
         with client.websocket_connect(f"/v1/sessions/{session}/play") as socket:

@@ -9,7 +9,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,9 +47,15 @@ def test_a_step_waits_for_one_painted_frame_at_most_however_many_are_asked_for(
     step(client, session, 0)
     order: list[str] = []
     keeper = client.app.state.engine._keeper  # type: ignore[attr-defined]
-    paint, take = keeper.past_frames, keeper.step
+    paint, take = keeper.painting, keeper.step
     go = threading.Event()
-    monkeypatch.setattr(keeper, "past_frames", lambda *a: (go.wait(10), order.append("painted"), paint(*a))[2])
+
+    def painting(*args: object) -> Iterator[object]:
+        go.wait(10)
+        order.append("painted")
+        yield from paint(*args)
+
+    monkeypatch.setattr(keeper, "painting", painting)
     monkeypatch.setattr(keeper, "step", lambda *a: (order.append("step"), take(*a))[1])
     with ThreadPoolExecutor(6) as pool:
         frames = [pool.submit(client.get, f"/v1/sessions/{session}/frames/0") for _ in range(5)]
@@ -66,8 +72,13 @@ def test_what_waits_behind_players_too_long_is_refused(serve: Serve, monkeypatch
     client = serve(max_step_seconds=0.3)
     session = create(client)
     keeper, go = client.app.state.engine._keeper, threading.Event()  # type: ignore[attr-defined]
-    paint = keeper.past_frames
-    monkeypatch.setattr(keeper, "past_frames", lambda *args: (go.wait(10), paint(*args))[1])
+    paint = keeper.painting
+
+    def painting(*args: object) -> Iterator[object]:
+        go.wait(10)
+        yield from paint(*args)
+
+    monkeypatch.setattr(keeper, "painting", painting)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.get, f"/v1/sessions/{session}/frames/0")
         eventually(lambda: client.app.state.engine._behind.locked())  # type: ignore[attr-defined]
