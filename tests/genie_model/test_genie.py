@@ -140,10 +140,13 @@ def test_a_world_with_its_own_seed_is_the_same_alone_and_in_a_batch(genie: Genie
         genie.start(frames, seed=(1, 2, 3))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("age", [0, 1, 7, 8, 30])
 def test_a_world_is_resumed_from_the_tokens_and_actions_of_its_last_frames(
-    genie: Genie, frames: Tensor, age: int
+    frames: Tensor, age: int, precision: str
 ) -> None:
+    torch.manual_seed(0)
+    genie = Genie(CONFIG.with_overrides(f"sampling.precision={precision}")).eval()
     state, random = genie.start(frames[:, :1], seed=(5, 6)), torch.Generator().manual_seed(0)
     codes, actions = [state.codes_BNC], [torch.full((2,), NO_ACTION)]
     for _ in range(age):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from play_help import assert_error, create, nearly, pixels, play, step
+from play_help import assert_error, create, pixels, play, step
 from redis_server import PASSWORD, RedisServer
 
 from genie_model.genie import NO_ACTION
@@ -270,7 +270,7 @@ def assert_goes_on(client: TestClient, session: str, actions: dict[int, int], un
     for t, action in actions.items():
         answer = client.post(f"/v1/sessions/{session}/step", json={"action": action, "step": t})
         assert answer.headers.get("x-steps") == str(t), answer.text
-        assert nearly(pixels(answer.content), pixels(undisturbed[t - 1]))
+        assert np.array_equal(pixels(answer.content), pixels(undisturbed[t - 1]))
 
 
 # ---- what is refused at the start

@@ -77,7 +77,7 @@ def test_any_past_frame_can_be_seen_again(serve: Serve) -> None:
     seen += [pixels(step(client, session, t % 4).content) for t in range(12)]  # past the model's window of 8
     assert np.array_equal(frame(client, session, 0), seen[0]), "the prompt itself"
     for t in range(1, 13):
-        assert nearly(frame(client, session, t), seen[t]), t
+        assert np.array_equal(frame(client, session, t), seen[t]), t
     assert_error(client.get(f"/v1/sessions/{session}/frames/13"), 422, "invalid_request", "frames 0 to 12")
     assert_error(client.get(f"/v1/sessions/{session}/frames/-1"), 422, "invalid_request")
 
@@ -96,15 +96,15 @@ def test_a_branch_shares_the_past_and_goes_its_own_way(serve: Serve) -> None:
     info = branched.json()
     assert (info["steps"], info["seed"]) == (2, 5)
     assert info["id"] != session
-    assert nearly(pixels(client.get(f"/v1/sessions/{info['id']}/frame").content), pixels(trunk[1]))
+    assert np.array_equal(pixels(client.get(f"/v1/sessions/{info['id']}/frame").content), pixels(trunk[1]))
     again = step(client, info["id"], 2)
     assert again.headers["x-steps"] == "3"
-    assert nearly(pixels(again.content), pixels(trunk[2])), "the same action leads to the same frame"
+    assert np.array_equal(pixels(again.content), pixels(trunk[2])), "the same action leads to the same frame"
     other = client.post(f"/v1/sessions/{session}/branch", json={"t": 2}).json()["id"]
     assert not nearly(pixels(step(client, other, 0).content), pixels(trunk[2]))
     assert client.get(f"/v1/sessions/{session}").json()["steps"] == 4
     client.delete(f"/v1/sessions/{session}")
-    assert nearly(frame(client, other, 1), pixels(trunk[0])), "a branch outlives its trunk"
+    assert np.array_equal(frame(client, other, 1), pixels(trunk[0])), "a branch outlives its trunk"
     assert_error(client.post(f"/v1/sessions/{other}/branch", json={"t": 9}), 422, "invalid_request", "frames 0 to 3")
 
 
@@ -148,7 +148,7 @@ def test_a_pass_that_fails_fails_alone(serve: Serve, monkeypatch: pytest.MonkeyP
         assert_error(step(client, session, 2), 500, "model_failed", "send it again")
     after = step(client, session, 2)
     assert after.headers["x-steps"] == "2"
-    assert nearly(pixels(after.content), pixels(undisturbed[1]))
+    assert np.array_equal(pixels(after.content), pixels(undisturbed[1]))
 
 
 def test_a_parked_world_comes_back(serve: Serve) -> None:
@@ -160,7 +160,7 @@ def test_a_parked_world_comes_back(serve: Serve) -> None:
     held: Session = engine._sessions[session]
     for action, expected in zip(actions, undisturbed, strict=True):
         held.world = None
-        assert nearly(pixels(step(client, session, action).content), pixels(expected))
+        assert np.array_equal(pixels(step(client, session, action).content), pixels(expected))
 
 
 def test_an_idle_world_lets_go_of_those_it_stepped_beside(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,8 +276,8 @@ def test_sessions_survive_the_process(serve: Serve, registry: Registry, tmp_path
     client = serve(**kept)
     info = client.get(f"/v1/sessions/{session}").json()
     assert (info["steps"], info["seed"], info["temperature"], info["model"]["version"]) == (2, 4, 0.7, "1")
-    assert nearly(pixels(client.get(f"/v1/sessions/{session}/frame").content), pixels(undisturbed[1]))
-    assert nearly(pixels(step(client, session, 2).content), pixels(expected))
+    assert np.array_equal(pixels(client.get(f"/v1/sessions/{session}/frame").content), pixels(undisturbed[1]))
+    assert np.array_equal(pixels(step(client, session, 2).content), pixels(expected))
     assert_error(step(client, ended, 0), 404, "unknown_session")
 
 
