@@ -256,10 +256,16 @@ class Engine:
         self._steps = [step for step in self._steps if step not in batch]
         if not batch:
             return
-        actions, began = [step.action for step in batch], time.perf_counter()
+        sessions, actions = [step.session for step in batch], [step.action for step in batch]
+        loop, began = asyncio.get_running_loop(), time.perf_counter()
+        frames: asyncio.Future[list[Pixels | None]] = loop.create_future()
+        show = partial(loop.call_soon_threadsafe, frames.set_result)
+        working = asyncio.ensure_future(self._run(partial(self._keeper.step, sessions, actions, show)))
         try:
             with tracer.start_as_current_span("pass of the model", attributes={"worlds": len(batch)}):
-                frames = await self._run(partial(self._keeper.step, [step.session for step in batch], actions))
+                await asyncio.wait((frames, working), return_when=asyncio.FIRST_COMPLETED)
+                if not frames.done():
+                    await working  # which says why
         except StoreError as error:  # the store alone knows whether the step is in
             for step in batch:
                 self._forget(step, error)
@@ -271,9 +277,9 @@ class Engine:
                 if not step.done.done():
                     step.done.set_exception(PassFailedError("the model failed at this step: send it again"))
             return
-        self._passed, self._pass_ended = WeakSet(step.session for step in batch), time.perf_counter()
+        self._passed, self._pass_ended = WeakSet(sessions), time.perf_counter()
         self._measured(batch, began, self._pass_ended)
-        for step, frame_HWC in zip(batch, frames, strict=True):
+        for step, frame_HWC in zip(batch, frames.result(), strict=True):
             if frame_HWC is None:
                 self._forget(step, SessionMovedError(_ELSEWHERE))
                 continue
@@ -283,7 +289,7 @@ class Engine:
             if not step.done.done():  # its player may have gone
                 step.done.set_result(None)
         try:  # while the frames go out and the next keys come in
-            await self._run(partial(self._keeper.remember, [step.session for step in batch]))
+            await working
         except Exception:  # the next step of each tries again
             log.exception("frames could not be remembered")
 

@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import struct
+import zlib
 from typing import Literal
 
 import av
@@ -84,7 +85,7 @@ def frame_from_sketch(sketch: Sketch, height: int, width: int) -> Pixels:
 def png(frame_HWC: Pixels) -> bytes:
     """A uint8 frame as PNG; packed lightly, since it is sent once and at once."""
     buffer = io.BytesIO()
-    Image.fromarray(frame_HWC).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(frame_HWC).save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)
     return buffer.getvalue()
 
 

@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
-from starlette.concurrency import run_in_threadpool
 
 from serving.clients import Client, Clients
 from serving.engine import Engine
@@ -69,7 +68,7 @@ async def play(
         if engine.sockets[session_id] > most:
             raise TooManySocketsError(f"this session has {most} connections: close one")
         session = await engine.session(session_id, client)
-        outbox.put(await message(session, session.steps, session.frame_HWC, 0.0, picture))
+        outbox.put(message(session, session.steps, session.frame_HWC, 0.0, picture))
         while (received := await socket.receive())["type"] != "websocket.disconnect":
             wrong = await answer(engine, clients, client, session_id, received.get("text") or "", picture, outbox)
             if wrong:
@@ -106,14 +105,13 @@ async def answer(
         raise
     except ServiceError as error:
         return problem(error.status, error.code, error.detail)
-    outbox.put(await message(session, steps, frame_HWC, 1e3 * (time.perf_counter() - began), picture))
+    outbox.put(message(session, steps, frame_HWC, 1e3 * (time.perf_counter() - began), picture))
     return None
 
 
-async def message(
-    session: Session, steps: int, frame_HWC: Pixels, milliseconds: float, picture: PictureFormat
-) -> bytes:
+def message(session: Session, steps: int, frame_HWC: Pixels, milliseconds: float, picture: PictureFormat) -> bytes:
+    """Packed here and now: a frame takes 0.2 ms, less than to have another thread do it."""
     head = json.dumps(
         {"step": steps, "milliseconds": round(milliseconds, 1), "version": session.model.info.version}
     ).encode()
-    return len(head).to_bytes(4, "little") + head + await run_in_threadpool(packed, frame_HWC, picture)
+    return len(head).to_bytes(4, "little") + head + packed(frame_HWC, picture)

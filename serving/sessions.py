@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ from serving.schemas import SessionInfo
 from serving.store import Frame, SessionRecord, SessionStore
 from serving.worlds import World
 
-_FEW = 2
+FEW = 2  # players who leave a core to requests
 _PAINTED, _REPLAYED = 8, 4  # frames at once: some 20 ms of `demo`, then others step
 ENDED = "this session does not exist or has ended: create a new one"
 
@@ -69,18 +69,20 @@ class Keeper:
         first = Frame(session.id, 0, NO_ACTION, session.world.state.codes_BNC[0].cpu().numpy())
         self.store.create(self._record(session, png(session.frame_HWC)), [first])
 
-    def step(self, sessions: list[Session], actions: list[int]) -> list[Pixels | None]:
-        """One pass for sessions of one model that sample alike: each one's next frame, in the store before it is seen.
+    def step(self, sessions: list[Session], actions: list[int], show: Callable[[list[Pixels | None]], object]) -> None:
+        """One pass for sessions of one model that sample alike: each one's next frame, in the store before it is shown.
 
-        None for a session that ended, or that another process stepped meanwhile. `steps` are not moved on.
+        None for a session that ended, or that another process stepped meanwhile. `steps` are not moved on. What the
+        next pass will need of these frames is computed once they are shown.
         """
         awake = []
         for session, action in zip(sessions, actions, strict=True):
             with suppress(UnknownSessionError):
                 awake.append((session, action, self.wake(session)))
         if not awake:
-            return [None] * len(sessions)
-        torch.set_num_threads(max(self._threads - (len(awake) <= _FEW), 1))
+            show([None] * len(sessions))
+            return
+        torch.set_num_threads(max(self._threads - (len(awake) <= FEW), 1))
         genie, sampling = sessions[0].model.genie, sessions[0].sampling
         found = worlds.step(genie, [world for *_, world in awake], [action for _, action, _ in awake], sampling)
         frames = [
@@ -91,12 +93,8 @@ class Keeper:
         seen = {
             session: frame_HWC for (session, *_), (frame_HWC, _), mine in zip(awake, found, kept, strict=True) if mine
         }
-        return [seen.get(session) for session in sessions]
-
-    def remember(self, sessions: list[Session]) -> None:
-        """What is left of a pass once its frames are out."""
-        awake = [session.world for session in sessions if session.world is not None]
-        worlds.remember(sessions[0].model.genie, awake)
+        show([seen.get(session) for session in sessions])
+        worlds.remember(genie, [world for *_, world in awake])
 
     def wake(self, session: Session) -> World:
         """Brings a parked world back, from the tokens of the last frames that matter. Raises UnknownSessionError."""
