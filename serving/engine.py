@@ -164,7 +164,7 @@ class Engine:
         own = [session.last_used for session in self._sessions.values() if session.owner == client.name]
         if client.sessions and len(own) + self._starting[client.name] >= client.sessions:
             idle = time.monotonic() - min(own, default=0.0)
-            wait = max(math.ceil(self._settings.idle_seconds - idle), 1)
+            wait = max(math.ceil(self._settings.idle_seconds - idle + _ALONE_SECONDS), 1)  # until it is looked for
             raise TooManySessionsOfClientError(f"at most {client.sessions} sessions for each client: end one", wait)
         self._starting[client.name] += 1
         try:
@@ -259,7 +259,14 @@ class Engine:
         sessions, actions = [step.session for step in batch], [step.action for step in batch]
         loop, began = asyncio.get_running_loop(), time.perf_counter()
         frames: asyncio.Future[list[Pixels | None]] = loop.create_future()
-        show = partial(loop.call_soon_threadsafe, frames.set_result)
+
+        def shown(found: list[Pixels | None]) -> None:
+            if not frames.done():  # else the service ends
+                frames.set_result(found)
+
+        def show(found: list[Pixels | None]) -> None:  # in the worker's thread
+            loop.call_soon_threadsafe(shown, found)
+
         working = asyncio.ensure_future(self._run(partial(self._keeper.step, sessions, actions, show)))
         try:
             with tracer.start_as_current_span("pass of the model", attributes={"worlds": len(batch)}):
