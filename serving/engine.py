@@ -81,6 +81,7 @@ class Engine:
         self._settings = settings
         self._keeper = Keeper(open_store(settings.session_store, settings.idle_seconds), settings.threads)
         self._sessions: dict[str, Session] = {}
+        self._opening: dict[str, asyncio.Task[Session]] = {}
         self.sockets = Counter[str]()  # open to each session
         self._starting = Counter[str]()  # sessions about to be open, of each client
         self._steps: list[_Step] = []
@@ -139,18 +140,41 @@ class Engine:
 
     async def session(self, session_id: str, client: Client) -> Session:
         """One that is open, or that another process left in the store. Raises UnknownSessionError."""
-        if session_id not in self._sessions:
-            with self._place(client):
-                record, length = await self._run(partial(self._keeper.found, session_id))
-                model = self.models.in_memory(record.model)
-                if model is None:
-                    model = await self._load(self._loaders, partial(self.models.of_session, record.model))
-                sampling, steps = SamplingConfig.model_validate_json(record.sampling), length - 1
-                prompt_HWC = frame_from_png(record.prompt)
-                found = Session(record.id, model, record.seed, sampling, prompt_HWC, steps, owner=client.name)
-                found.frame_HWC = (await self.frames(found, steps, steps + 1))[0]
-            self._sessions.setdefault(session_id, found)
-        return self._sessions[session_id]
+        if session_id in self._sessions:
+            return self._sessions[session_id]
+        opening = self._opening.get(session_id)
+        if opening is None:  # once, however many ask
+            opening = self._opening[session_id] = asyncio.create_task(self._open(session_id, client))
+            opening.add_done_callback(partial(self._opened, session_id))
+        return await asyncio.shield(opening)
+
+    async def _open(self, session_id: str, client: Client) -> Session:
+        record, length = await self._run(partial(self._keeper.found, session_id))
+        with self._place(client):
+            model = self.models.in_memory(record.model)
+            if model is None:
+                model = await self._load(self._loaders, partial(self.models.of_session, record.model))
+            sampling, steps = SamplingConfig.model_validate_json(record.sampling), length - 1
+            prompt_HWC = frame_from_png(record.prompt)
+            found = Session(record.id, model, record.seed, sampling, prompt_HWC, steps, owner=client.name)
+            found.frame_HWC = (await self.frames(found, steps, steps + 1))[0]
+        self._sessions[session_id] = found
+        return found
+
+    def _opened(self, session_id: str, opening: asyncio.Task[Session]) -> None:
+        del self._opening[session_id]
+        if not opening.cancelled():
+            opening.exception()  # who asked may have left: nobody else would take it
+
+    @contextmanager
+    def _in_store(self, session: Session) -> Iterator[None]:
+        """What the store no longer has is open no more: another replica may have ended it."""
+        try:
+            yield
+        except UnknownSessionError:
+            if self._sessions.get(session.id) is session:
+                del self._sessions[session.id]
+            raise
 
     @contextmanager
     def _place(self, client: Client) -> Iterator[None]:
@@ -206,7 +230,9 @@ class Engine:
                     raise SessionMovedError(_ELSEWHERE)
                 taken = 0 if expected is None else session.steps + 1 - expected
                 if taken and not (0 < taken <= len(actions) and await self._took(session, actions[:taken])):
-                    if (await self._run(partial(self._keeper.found, session.id)))[1] != session.steps + 1:
+                    with self._in_store(session):
+                        _, length = await self._run(partial(self._keeper.found, session.id))
+                    if length != session.steps + 1 and self._sessions.get(session.id) is session:
                         del self._sessions[session.id]  # another replica went on with it
                     raise SessionMovedError(f"this is not step {expected} again, and step {session.steps + 1} is next")
                 if session.world is None:  # a window of frames to compute: others step meanwhile
@@ -236,7 +262,8 @@ class Engine:
     async def _took(self, session: Session, actions: list[int]) -> bool:
         """Were these the session's last actions?"""
         last = partial(self._keeper.actions, session, session.steps + 1 - len(actions), session.steps + 1)
-        return await self._run(last) == actions
+        with self._in_store(session):
+            return await self._run(last) == actions
 
     async def play(self) -> None:
         """Steps all that wait, pass after pass; runs until cancelled."""
@@ -344,6 +371,8 @@ class Engine:
             async with session.previewing:
                 async with session.lock:
                     steps = session.steps
+                    if session.world is None:
+                        await self._wake(session)
                     copies = await self._run_behind(partial(self._keeper.copies, session, len(actions)))
                 for _ in range(repeats):
                     async with session.lock:
@@ -395,10 +424,11 @@ class Engine:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {start} to {stop - 1}")
         frames_THWC = np.empty((stop - start, *session.frame_HWC.shape), np.uint8)
         pieces, painted = self._keeper.painting(session, start, stop), 0
-        while (piece := await self._run_behind(partial(next, pieces, None))) is not None:
-            for frame_HWC in piece:
-                frames_THWC[painted] = frame_HWC
-                painted += 1
+        with self._in_store(session):
+            while (piece := await self._run_behind(partial(next, pieces, None))) is not None:
+                for frame_HWC in piece:
+                    frames_THWC[painted] = frame_HWC
+                    painted += 1
         return frames_THWC
 
     async def branch(self, session: Session, t: int, client: Client) -> Session:
@@ -408,15 +438,20 @@ class Engine:
         with self._place(client):
             (frame_HWC,) = await self.frames(session, t, t + 1)
             copied = partial(self._keeper.branch, session, t, frame_HWC, secrets.token_urlsafe(12))
-            branch = await self._run_behind(copied)
+            with self._in_store(session):
+                branch = await self._run_behind(copied)
         branch.owner = client.name
         self._sessions[branch.id] = branch
         return branch
 
     async def delete(self, session_id: str) -> None:
         """Raises UnknownSessionError."""
+        deleted = await self._run(partial(self._keeper.store.delete, session_id))
+        if opening := self._opening.get(session_id):  # it may have been found before
+            with suppress(ServiceError):
+                await asyncio.shield(opening)
         self._sessions.pop(session_id, None)
-        if not await self._run(partial(self._keeper.store.delete, session_id)):
+        if not deleted:
             raise UnknownSessionError(ENDED)
 
     async def expire_idle(self) -> None:
@@ -436,8 +471,8 @@ class Engine:
                 self._sessions.pop(session.id, None)
             elif idle > _ALONE_SECONDS and not session.waiting:
                 async with session.lock:
-                    shrink = self._keeper.park if idle > _PARK_SECONDS else self._keeper.leave_batch
-                    await self._run(partial(shrink, session))
+                    with suppress(UnknownSessionError), self._in_store(session):
+                        await self._run(partial(self._keeper.tidy, session, idle > _PARK_SECONDS))
         await self._run(self._keeper.store.delete_expired)
 
     async def _gather(self) -> None:

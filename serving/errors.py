@@ -141,5 +141,5 @@ def answer(error: HTTPException) -> JSONResponse:
 
 
 def _answer(status: int, code: str, detail: str, headers: object = None) -> JSONResponse:
-    body = problem(status, code, detail)
+    body = problem(status, code, detail.encode(errors="replace").decode())  # a client may send half a character
     return JSONResponse(body, status, headers, media_type="application/problem+json")  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, WebSocket, WebSocketDisconnect
@@ -74,7 +75,8 @@ async def play(
             if wrong:
                 await socket.send_json(wrong)
     except ServiceError as error:
-        await socket.close(4000 + error.status, error.detail.encode()[:120].decode(errors="ignore"))  # 123 fit
+        with suppress(WebSocketDisconnect, RuntimeError):  # it left by itself
+            await socket.close(4000 + error.status, error.detail.encode()[:120].decode(errors="ignore"))  # 123 fit
     except WebSocketDisconnect:
         return
     finally:

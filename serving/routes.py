@@ -82,7 +82,10 @@ v1 = APIRouter(prefix="/v1", tags=["play"], responses={"default": _PROBLEM})
 _SKETCH_LETTERS = 2**19  # which is far more than the most points and colours need
 _MEDIA_TYPES: dict[Animation, str] = {"gif": "image/gif", "mp4": "video/mp4"}
 _ANIMATION = {200: {"content": {kind: {} for kind in _MEDIA_TYPES.values()}, "description": "the animation"}}
-_PNG = {200: {"content": {"image/png": {}}, "description": "the frame; X-Steps says which"}}
+_X_STEPS = {
+    "X-Steps": {"description": "which frame of its session it is", "schema": {"type": "integer"}, "example": 12}
+}
+_PNG = {200: {"content": {"image/png": {}}, "description": "the frame; X-Steps says which", "headers": _X_STEPS}}
 
 
 SessionId = Annotated[str, Path(description="as POST /v1/sessions gave it", examples=["pJ3mW0vQk6sZ9y2d"])]

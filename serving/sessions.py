@@ -116,14 +116,16 @@ class Keeper:
                     yield
             session.world = world
 
-    def park(self, session: Session) -> None:
-        """Its world leaves memory."""
-        session.world = None
+    def tidy(self, session: Session, park: bool) -> None:
+        """Of an idle session: its world leaves memory, or all that it last stepped beside does.
 
-    def leave_batch(self, session: Session) -> None:
-        """Its world alone stays in memory, not all that it last stepped beside."""
-        if session.world is not None and len(session.world.state.seeds) > 1:
+        Raises UnknownSessionError where it was ended elsewhere.
+        """
+        if park:
+            session.world = None
+        elif session.world is not None and len(session.world.state.seeds) > 1:
             session.world = World(session.world.state.take([session.world.row]))
+        self._prompt(session)
 
     def copies(self, session: Session, times: int) -> PlayState:
         """Its world so many times side by side."""

@@ -243,3 +243,71 @@ def test_a_misspelt_field_is_no_silent_default(serve: Serve) -> None:
         assert_error(wrong, 422, "invalid_request", "no field sead", "seed")
     files = [("frames", ("a.png", b"x")), ("versions", (None, "1"))]
     assert_error(client.post("/v1/actions/infer", files=files), 422, "invalid_request", "no field versions")
+
+
+def test_many_requests_for_a_session_of_the_store_open_it_once(serve: Serve, tmp_path: Path) -> None:
+    store = str(tmp_path / "sessions.db")
+    first = serve(session_store=store)
+    session = create(first)
+    step(first, session, 1)
+    second = serve(session_store=store, client_sessions=1)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda t: second.get(f"/v1/sessions/{session}/frames/{t % 2}"), range(16)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert second.get("/readyz").json()["sessions"] == 1
+    assert_error(second.get("/v1/sessions/nobody"), 404, "unknown_session")  # though all places are taken
+
+
+def test_a_session_that_is_deleted_while_it_is_opened_stays_deleted(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = str(tmp_path / "sessions.db")
+    session = create(serve(session_store=store))
+    client = serve(session_store=store)
+    keeper, go = client.app.state.engine._keeper, threading.Event()  # type: ignore[attr-defined]
+    paint = keeper.painting
+
+    def painting(*args: object) -> Iterator[object]:
+        found = list(paint(*args))
+        go.wait(10)
+        yield from found
+
+    monkeypatch.setattr(keeper, "painting", painting)
+    with ThreadPoolExecutor(2) as pool:
+        opening = pool.submit(client.get, f"/v1/sessions/{session}")
+        eventually(lambda: client.app.state.engine._behind.locked())  # type: ignore[attr-defined]
+        deleting = pool.submit(client.delete, f"/v1/sessions/{session}")
+        go.set()
+        assert deleting.result().status_code == 204
+        opening.result()
+    assert_error(client.get(f"/v1/sessions/{session}"), 404, "unknown_session")
+    assert client.get("/readyz").json()["sessions"] == 0
+
+
+def test_a_session_that_another_replica_ended_gives_up_its_place(serve: Serve, tmp_path: Path) -> None:
+    store = str(tmp_path / "sessions.db")
+    here, there = serve(session_store=store, idle_seconds=60), serve(session_store=store)
+    sessions = [create(here) for _ in range(2)]
+    for session in sessions:
+        assert there.delete(f"/v1/sessions/{session}").status_code == 204
+    assert_error(here.get(f"/v1/sessions/{sessions[0]}/frames/0"), 404, "unknown_session")
+    assert here.get("/readyz").json()["sessions"] == 1
+    eventually(lambda: here.get("/readyz").json()["sessions"] == 0)
+
+
+def test_half_a_character_is_no_server_error(serve: Serve) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="+2AA-"\r\n\r\n1\r\n--x--\r\n'
+    kind = {"Content-Type": "multipart/form-data; charset=utf-7; boundary=x"}
+    assert_error(serve().post("/v1/sessions", content=body, headers=kind), 422, "invalid_request", "no field")
+
+
+def test_pictures_are_turned_upright_and_sixteen_bits_of_grey_are_grey() -> None:
+    half_HWC = np.zeros((64, 64, 3), np.uint8)
+    half_HWC[:32] = 255
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: what is stored has to be turned to the right
+    Image.fromarray(half_HWC).save(buffer, "PNG", exif=exif)
+    np.testing.assert_array_equal(frame_from_upload(buffer.getvalue(), 64, 64, 10**6), np.rot90(half_HWC, -1))
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((64, 64), 0x8000, np.uint16)).save(buffer, "PNG")
+    assert np.all(frame_from_upload(buffer.getvalue(), 64, 64, 10**6) == 128)
