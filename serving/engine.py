@@ -172,9 +172,13 @@ class Engine:
         try:
             yield
         except UnknownSessionError:
-            if self._sessions.get(session.id) is session:
-                del self._sessions[session.id]
+            self._drop(session)
             raise
+
+    def _drop(self, session: Session) -> None:
+        """It is open no more: whoever asks for it next finds what the store has."""
+        if self._sessions.get(session.id) is session:
+            del self._sessions[session.id]
 
     @contextmanager
     def _place(self, client: Client) -> Iterator[None]:
@@ -232,8 +236,8 @@ class Engine:
                 if taken and not (0 < taken <= len(actions) and await self._took(session, actions[:taken])):
                     with self._in_store(session):
                         _, length = await self._run(partial(self._keeper.found, session.id))
-                    if length != session.steps + 1 and self._sessions.get(session.id) is session:
-                        del self._sessions[session.id]  # another replica went on with it
+                    if length != session.steps + 1:  # another replica went on with it
+                        self._drop(session)
                     raise SessionMovedError(f"this is not step {expected} again, and step {session.steps + 1} is next")
                 if session.world is None:  # a window of frames to compute: others step meanwhile
                     await self._wake(session)
@@ -253,10 +257,10 @@ class Engine:
     async def _wake(self, session: Session) -> None:
         pieces = self._keeper.waking(session)
         try:
-            while await self._run_behind(partial(next, pieces, "awake")) is None:
-                pass
+            with self._in_store(session):
+                while await self._run_behind(partial(next, pieces, "awake")) is None:
+                    pass
         except UnknownSessionError:
-            self._sessions.pop(session.id, None)
             raise SessionMovedError(_ELSEWHERE) from None
 
     async def _took(self, session: Session, actions: list[int]) -> bool:
@@ -328,9 +332,8 @@ class Engine:
             log.exception("frames could not be remembered")
 
     def _forget(self, step: _Step, error: ServiceError) -> None:
-        """Its session is open no more: whoever asks for it next finds what the store has."""
-        if self._sessions.get(step.session.id) is step.session:
-            del self._sessions[step.session.id]
+        """Drops its session, and answers it."""
+        self._drop(step.session)
         step.session.world = None  # it may be ahead of the store
         if not step.done.done():
             step.done.set_exception(error)
@@ -468,7 +471,7 @@ class Engine:
         for session in list(self._sessions.values()):
             idle = now - session.last_used
             if idle > self._settings.idle_seconds:
-                self._sessions.pop(session.id, None)
+                self._drop(session)
             elif idle > _ALONE_SECONDS and not session.waiting:
                 async with session.lock:
                     with suppress(UnknownSessionError), self._in_store(session):
