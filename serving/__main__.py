@@ -8,14 +8,13 @@ import logging
 import socket
 import sys
 
-import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
 from genie_model.progress import summary
 from serving.access import JsonLines
 from serving.app import create_app
-from serving.connections import ImpatientProtocol
+from serving.connections import server_of
 from serving.settings import Settings
 
 
@@ -36,19 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     host = settings.host.replace("0.0.0.0", "localhost")
     summary("serve", f"play at http://{host}:{listener.getsockname()[1]} (Ctrl-C ends it)")
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=5,
-            http=ImpatientProtocol,
-            limit_concurrency=settings.max_connections,
-            ws_max_size=65_536,
-            ws_per_message_deflate=False,  # pictures are packed already
-            forwarded_allow_ips=settings.trusted_proxies,
-        )
-    )
+    server = server_of(app)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     return 0 if server.started else 1

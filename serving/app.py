@@ -48,7 +48,7 @@ def create_app(settings: Settings | None = None, source: ModelSource | None = No
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.models.follow()
-        app.state.tasks = [asyncio.create_task(work) for work in (engine.play(), engine.expire_idle())]
+        app.state.tasks = [asyncio.create_task(work) for work in (engine.passes.run(), engine.expire_idle())]
         yield
         for task in app.state.tasks:
             task.cancel()

@@ -9,7 +9,7 @@ import ipaddress
 import math
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.errors import BadRequestError, TooManyRequestsError, UnauthorizedError, answer
+from serving.errors import (
+    BadRequestError,
+    ServiceError,
+    TooManyConnectionsError,
+    TooManyRequestsError,
+    UnauthorizedError,
+    answer,
+)
 from serving.settings import Settings
 
 _OPEN = frozenset(("/healthz", "/readyz", "/metrics"))  # to probes and Prometheus, which have no keys
@@ -75,6 +82,7 @@ class Clients:
         self._settings = settings
         self._keys = read_keys(settings.api_keys) if settings.api_keys else None
         self._limiter = FixedWindowRateLimiter(MemoryStorage())
+        self.connections: Sized = ()  # that are open: the server knows
 
     def of(self, authorization: str, address: str) -> Client:
         """Raises UnauthorizedError where keys are asked for and this is none."""
@@ -90,6 +98,12 @@ class Clients:
                     steps if key.steps_per_minute is None else key.steps_per_minute,
                 )
         raise UnauthorizedError("this service asks for an API key: send it as Authorization: Bearer KEY")
+
+    def count_connections(self) -> None:
+        """Raises TooManyConnectionsError."""
+        most = self._settings.max_connections
+        if len(self.connections) > most:
+            raise TooManyConnectionsError(f"{most} connections are open: try again later")
 
     def count_steps(self, client: Client, steps: int) -> None:
         """Raises TooManyRequestsError, which says when there is room again; BadRequestError where there never is."""
@@ -125,11 +139,12 @@ class Door:
             await send({"type": "websocket.close", "code": 4403})
             return
         try:
+            self.clients.count_connections()
             address = scope["client"][0] if scope.get("client") else ""
             scope.setdefault("state", {})["client"] = self.clients.of(headers.get("authorization", ""), address)
-        except UnauthorizedError as error:
+        except ServiceError as error:
             if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 4401})
+                await send({"type": "websocket.close", "code": 4000 + error.status})
             else:
                 await answer(error)(scope, receive, send)
             return

@@ -1,12 +1,34 @@
-"""Connections that bring no request are closed."""
+"""The server of HTTP, and what it does not put up with."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
+import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_SECONDS = 10.0
+
+
+def server_of(app: FastAPI, lifespan: Literal["on", "off"] = "on") -> uvicorn.Server:
+    """What serves `app`, which learns how many connections there are."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            lifespan=lifespan,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=5,
+            http=ImpatientProtocol,
+            ws_max_size=65_536,
+            ws_per_message_deflate=False,  # pictures are packed already
+            forwarded_allow_ips=app.state.settings.trusted_proxies,
+        )
+    )
+    app.state.clients.connections = server.server_state.connections
+    return server
 
 
 class ImpatientProtocol(HttpToolsProtocol):

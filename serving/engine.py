@@ -1,9 +1,8 @@
-"""Sessions, and the one thread in which the model works.
+"""Sessions, and what players do with them.
 
 All sessions live on the event loop, so they need no locks among themselves. Everything that touches torch or the
-store runs in one worker thread: the event loop never blocks, and a model's state is never used twice at once. Players
-who wait at the same time step in one pass of the model. A session has a lock too, so that it holds at most one place
-in the queue and no player can crowd out the others.
+store is the worker's: the event loop never blocks. A session has a lock too, so that it holds at most one place among
+the steps that wait, and no player can crowd out the others.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -30,11 +27,9 @@ from serving.clients import Client
 from serving.errors import (
     BadRequestError,
     NotReadyError,
-    PassFailedError,
     ServiceError,
     SessionMovedError,
     SlowStepError,
-    StoreError,
     TooManyRequestsError,
     TooManySessionsError,
     TooManySessionsOfClientError,
@@ -42,34 +37,21 @@ from serving.errors import (
 )
 from serving.images import Pixels, frame_from_png
 from serving.metrics import Metrics
-from serving.model import LoadedModel, ModelSource, warm
+from serving.model import LoadedModel, ModelSource
 from serving.models import Models
+from serving.passes import Passes, Worker
 from serving.schemas import ModelVersionInfo
-from serving.sessions import ENDED, Keeper, Session
+from serving.sessions import ELSEWHERE, ENDED, Keeper, Session
 from serving.settings import Settings
 from serving.store import open_store
-from serving.traces import tracer
 from serving.turns import Decoding, LongJobs, leave_if
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_ELSEWHERE = "this session ended or went on elsewhere: ask where it stands"
 _LOAD_SECONDS = 60.0
 _PREVIEWS = 3  # requests for them that one session may have
-_GATHER_SECONDS = 0.02  # after a pass, for the next steps of those who shared it: then they share this one too
 _ALONE_SECONDS = 2.0  # a world nobody steps for so long no longer holds on to those it stepped beside
 _PARK_SECONDS = 120.0  # a world nobody steps for so long leaves memory; its tokens bring it back
-
-
-@dataclass(eq=False)
-class _Step:
-    """A step that waits for its pass."""
-
-    session: Session
-    action: int
-    done: asyncio.Future[None]
-    number: int  # that it is to get
-    came: float = field(default_factory=time.perf_counter)
 
 
 class Engine:
@@ -77,23 +59,18 @@ class Engine:
 
     def __init__(self, settings: Settings, source: ModelSource, metrics: Metrics) -> None:
         """Raises ValueError when the store cannot be used."""
-        self._metrics = metrics
         self._settings = settings
         self._keeper = Keeper(open_store(settings.session_store, settings.idle_seconds), settings.threads)
         self._sessions: dict[str, Session] = {}
         self._opening: dict[str, asyncio.Task[Session]] = {}
         self.sockets = Counter[str]()  # open to each session
         self._starting = Counter[str]()  # sessions about to be open, of each client
-        self._steps: list[_Step] = []
-        self._step_came = asyncio.Event()
-        self._passed = WeakSet[Session]()  # shared the last pass, which ended then
-        self._pass_ended = 0.0
         self.long_jobs, self.decoding = LongJobs(settings), Decoding(settings)
-        self._behind = asyncio.Semaphore(1)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._worker = Worker(settings)
+        self.passes = Passes(settings, metrics, self._worker, self._keeper, self._is_open, self._drop)
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
         self._lister = ThreadPoolExecutor(max_workers=1, thread_name_prefix="list")
-        self.models = Models(settings, source, metrics, lambda model: self._worker.submit(warm, model).result())
+        self.models = Models(settings, source, metrics, self._worker.run_from_thread)
 
     # ---- models
 
@@ -124,7 +101,7 @@ class Engine:
         self.models.close()
         for threads in (self._loaders, self._lister):
             threads.shutdown(wait=False, cancel_futures=True)
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._worker.close()
         self._keeper.store.close()
 
     # ---- the sessions
@@ -132,11 +109,6 @@ class Engine:
     @property
     def num_sessions(self) -> int:
         return len(self._sessions)
-
-    @property
-    def num_waiting(self) -> int:
-        """Steps that wait for a pass."""
-        return len(self._steps)
 
     async def session(self, session_id: str, client: Client) -> Session:
         """One that is open, or that another process left in the store. Raises UnknownSessionError."""
@@ -148,8 +120,22 @@ class Engine:
             opening.add_done_callback(partial(self._opened, session_id))
         return await asyncio.shield(opening)
 
+    async def session_now(self, session_id: str, client: Client) -> Session:
+        """As `session`, and where another process went on with it, as that left it."""
+        session = await self.session(session_id, client)
+        if not session.lock.locked():  # else it is here that it goes on
+            async with session.lock:
+                await self._look(session)
+        return await self.session(session_id, client)
+
+    async def _look(self, session: Session) -> None:
+        """Drops it where another process went on with it. Raises UnknownSessionError where one ended it."""
+        with self._in_store(session):
+            if not await self._worker.run(partial(self._keeper.stands, session)):
+                self._drop(session)
+
     async def _open(self, session_id: str, client: Client) -> Session:
-        record, length = await self._run(partial(self._keeper.found, session_id))
+        record, length = await self._worker.run(partial(self._keeper.found, session_id))
         with self._place(client):
             model = self.models.in_memory(record.model)
             if model is None:
@@ -175,9 +161,12 @@ class Engine:
             self._drop(session)
             raise
 
+    def _is_open(self, session: Session) -> bool:
+        return self._sessions.get(session.id) is session
+
     def _drop(self, session: Session) -> None:
         """It is open no more: whoever asks for it next finds what the store has."""
-        if self._sessions.get(session.id) is session:
+        if self._is_open(session):
             del self._sessions[session.id]
 
     @contextmanager
@@ -207,7 +196,7 @@ class Engine:
         seed = secrets.randbelow(2**31) if seed is None else seed
         session = Session(secrets.token_urlsafe(12), model, seed, sampling, frame_HWC, owner=client.name)
         with self._place(client):
-            await self._run_behind(partial(self._keeper.begin, session))
+            await self._worker.run_behind(partial(self._keeper.begin, session))
         self._sessions[session.id] = session
         return session
 
@@ -227,138 +216,38 @@ class Engine:
                 f"{session.waiting} requests of this session are waiting: send the next after an answer"
             )
         session.waiting += 1
-        waiting: _Step | None = None
         try:
             async with asyncio.timeout(self._settings.max_step_seconds), session.lock:
-                if self._sessions.get(session.id) is not session:
-                    raise SessionMovedError(_ELSEWHERE)
+                if not self._is_open(session):
+                    raise SessionMovedError(ELSEWHERE)
                 taken = 0 if expected is None else session.steps + 1 - expected
                 if taken and not (0 < taken <= len(actions) and await self._took(session, actions[:taken])):
-                    with self._in_store(session):
-                        _, length = await self._run(partial(self._keeper.found, session.id))
-                    if length != session.steps + 1:  # another replica went on with it
-                        self._drop(session)
+                    await self._look(session)
                     raise SessionMovedError(f"this is not step {expected} again, and step {session.steps + 1} is next")
                 if session.world is None:  # a window of frames to compute: others step meanwhile
                     await self._wake(session)
                 for action in actions[taken:]:
-                    waiting = _Step(session, action, asyncio.get_running_loop().create_future(), session.steps + 1)
-                    self._steps.append(waiting)
-                    self._step_came.set()
-                    await waiting.done
+                    await self.passes.step(session, action)
                 return session.steps, session.frame_HWC
         except TimeoutError:
             raise SlowStepError("the step took too long: send it again, with its number") from None
         finally:
             session.waiting -= 1
-            if waiting in self._steps:  # nobody waits for it any more
-                self._steps.remove(waiting)
 
     async def _wake(self, session: Session) -> None:
         pieces = self._keeper.waking(session)
         try:
             with self._in_store(session):
-                while await self._run_behind(partial(next, pieces, "awake")) is None:
+                while await self._worker.run_behind(partial(next, pieces, "awake")) is None:
                     pass
         except UnknownSessionError:
-            raise SessionMovedError(_ELSEWHERE) from None
+            raise SessionMovedError(ELSEWHERE) from None
 
     async def _took(self, session: Session, actions: list[int]) -> bool:
         """Were these the session's last actions?"""
         last = partial(self._keeper.actions, session, session.steps + 1 - len(actions), session.steps + 1)
         with self._in_store(session):
-            return await self._run(last) == actions
-
-    async def play(self) -> None:
-        """Steps all that wait, pass after pass; runs until cancelled."""
-        while True:
-            if not self._steps:
-                await self._another()
-            await self._gather()
-            await self._pass()
-
-    async def _pass(self) -> None:
-        """One pass of the model, for the first that waits and all that can share it."""
-        for step in self._steps:  # one that was sent again while the pass that took it went on
-            if step.number != step.session.steps + 1 and not step.done.done():
-                step.done.set_exception(SessionMovedError(_ELSEWHERE))
-        self._steps = [step for step in self._steps if not step.done.done()]
-        batch = self._next_batch()
-        self._steps = [step for step in self._steps if step not in batch]
-        if not batch:
-            return
-        sessions, actions = [step.session for step in batch], [step.action for step in batch]
-        loop, began = asyncio.get_running_loop(), time.perf_counter()
-        frames: asyncio.Future[list[Pixels | None]] = loop.create_future()
-
-        def shown(found: list[Pixels | None]) -> None:
-            if not frames.done():  # else the service ends
-                frames.set_result(found)
-
-        def show(found: list[Pixels | None]) -> None:  # in the worker's thread
-            loop.call_soon_threadsafe(shown, found)
-
-        working = asyncio.ensure_future(self._run(partial(self._keeper.step, sessions, actions, show)))
-        try:
-            with tracer.start_as_current_span("pass of the model", attributes={"worlds": len(batch)}):
-                await asyncio.wait((frames, working), return_when=asyncio.FIRST_COMPLETED)
-                if not frames.done():
-                    await working  # which says why
-        except StoreError as error:  # the store alone knows whether the step is in
-            for step in batch:
-                self._forget(step, error)
-            return
-        except Exception:  # the tokens in the store bring their worlds back
-            log.exception("a pass of the model failed")
-            for step in batch:
-                step.session.world = None
-                if not step.done.done():
-                    step.done.set_exception(PassFailedError("the model failed at this step: send it again"))
-            return
-        self._passed, self._pass_ended = WeakSet(sessions), time.perf_counter()
-        self._measured(batch, began, self._pass_ended)
-        for step, frame_HWC in zip(batch, frames.result(), strict=True):
-            if frame_HWC is None:
-                self._forget(step, SessionMovedError(_ELSEWHERE))
-                continue
-            step.session.frame_HWC = frame_HWC
-            step.session.steps += 1
-            step.session.last_used = time.monotonic()
-            if not step.done.done():  # its player may have gone
-                step.done.set_result(None)
-        try:  # while the frames go out and the next keys come in
-            await working
-        except Exception:  # the next step of each tries again
-            log.exception("frames could not be remembered")
-
-    def _forget(self, step: _Step, error: ServiceError) -> None:
-        """Drops its session, and answers it."""
-        self._drop(step.session)
-        step.session.world = None  # it may be ahead of the store
-        if not step.done.done():
-            step.done.set_exception(error)
-
-    def _measured(self, batch: list[_Step], began: float, ended: float) -> None:
-        metrics = self._metrics
-        metrics.batch_size.observe(len(batch))
-        metrics.frames.inc(len(batch))
-        metrics.phase_seconds.labels("model").observe(ended - began)
-        for step in batch:
-            metrics.phase_seconds.labels("queue").observe(began - step.came)
-            metrics.phase_seconds.labels("total").observe(ended - step.came)
-
-    def _next_batch(self) -> list[_Step]:
-        """Of those that wait, the first, and what can share its pass: at most one step of each session."""
-        batch = dict[str, _Step]()
-        for step in self._steps:
-            if self._share(step.session) and len(batch) < self._settings.max_batch:
-                batch.setdefault(step.session.id, step)
-        return list(batch.values())
-
-    def _share(self, session: Session) -> bool:
-        """Whether it can step in the pass of the first that waits."""
-        first = self._steps[0].session
-        return session.model is first.model and session.sampling == first.sampling
+            return await self._worker.run(last) == actions
 
     async def previews(self, session: Session, repeats: int) -> tuple[int, Pixels]:
         """The steps so far, and the frame that each action leads to when taken `repeats` times: uint8 (A, H, W, 3).
@@ -376,13 +265,13 @@ class Engine:
                     steps = session.steps
                     if session.world is None:
                         await self._wake(session)
-                    copies = await self._run_behind(partial(self._keeper.copies, session, len(actions)))
+                    copies = await self._worker.run_behind(partial(self._keeper.copies, session, len(actions)))
                 for _ in range(repeats):
                     async with session.lock:
                         if session.steps != steps:
                             raise SessionMovedError("the session went on while its previews were drawn: ask again")
                         look = partial(session.model.genie.step, copies, actions, session.sampling)
-                        frames_AHWC = await self._run_behind(look)
+                        frames_AHWC = await self._worker.run_behind(look)
             return steps, frames_AHWC.numpy()
         finally:
             session.previews_waiting -= 1
@@ -409,17 +298,18 @@ class Engine:
         frames_THWC = np.empty((len(actions) + 1, *frame_HWC.shape), np.uint8)
         frames_THWC[0] = frame_HWC
         async with self.long_jobs.turn(client, gone):
-            state = await self._run_behind(partial(model.genie.start, prompt_BTHWC, seed=seed))
+            state = await self._worker.run_behind(partial(model.genie.start, prompt_BTHWC, seed=seed))
             for t, action in enumerate(actions, 1):
                 await leave_if(gone)
-                frame_BHWC = await self._run_behind(partial(model.genie.step, state, torch.tensor([action]), sampling))
+                step = partial(model.genie.step, state, torch.tensor([action]), sampling)
+                frame_BHWC = await self._worker.run_behind(step)
                 frames_THWC[t] = frame_BHWC[0].numpy()
         return frames_THWC
 
     async def infer(self, model: LoadedModel, frames_THWC: Pixels) -> list[int]:
         """The latent actions between the frames."""
         frames_BTHWC = torch.from_numpy(frames_THWC)[None]
-        return (await self._run_behind(partial(model.genie.infer_actions, frames_BTHWC)))[0].tolist()
+        return (await self._worker.run_behind(partial(model.genie.infer_actions, frames_BTHWC)))[0].tolist()
 
     async def frames(self, session: Session, start: int, stop: int) -> Pixels:
         """Frames start..stop of the session's past, frame 0 being the prompt: uint8 (T, H, W, 3)."""
@@ -428,7 +318,7 @@ class Engine:
         frames_THWC = np.empty((stop - start, *session.frame_HWC.shape), np.uint8)
         pieces, painted = self._keeper.painting(session, start, stop), 0
         with self._in_store(session):
-            while (piece := await self._run_behind(partial(next, pieces, None))) is not None:
+            while (piece := await self._worker.run_behind(partial(next, pieces, None))) is not None:
                 for frame_HWC in piece:
                     frames_THWC[painted] = frame_HWC
                     painted += 1
@@ -442,14 +332,14 @@ class Engine:
             (frame_HWC,) = await self.frames(session, t, t + 1)
             copied = partial(self._keeper.branch, session, t, frame_HWC, secrets.token_urlsafe(12))
             with self._in_store(session):
-                branch = await self._run_behind(copied)
+                branch = await self._worker.run_behind(copied)
         branch.owner = client.name
         self._sessions[branch.id] = branch
         return branch
 
     async def delete(self, session_id: str) -> None:
         """Raises UnknownSessionError."""
-        deleted = await self._run(partial(self._keeper.store.delete, session_id))
+        deleted = await self._worker.run(partial(self._keeper.store.delete, session_id))
         if opening := self._opening.get(session_id):  # it may have been found before
             with suppress(ServiceError):
                 await asyncio.shield(opening)
@@ -475,35 +365,5 @@ class Engine:
             elif idle > _ALONE_SECONDS and not session.waiting:
                 async with session.lock:
                     with suppress(UnknownSessionError), self._in_store(session):
-                        await self._run(partial(self._keeper.tidy, session, idle > _PARK_SECONDS))
-        await self._run(self._keeper.store.delete_expired)
-
-    async def _gather(self) -> None:
-        """Waits a moment for players who just got a frame: their next step would come right after the pass began."""
-        while self._steps and time.perf_counter() - self._pass_ended < _GATHER_SECONDS:
-            waiting = {step.session for step in self._steps}
-            to_come = (session for session in self._passed if session not in waiting and self._share(session))
-            if all(self._sessions.get(session.id) is not session for session in to_come):
-                return
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._another(), self._pass_ended + _GATHER_SECONDS - time.perf_counter())
-
-    async def _another(self) -> None:
-        """Waits for one more step to come."""
-        self._step_came.clear()
-        await self._step_came.wait()
-
-    async def _run_behind(self, work: Callable[[], T]) -> T:
-        """What takes a while: one such work at a time, so that at most one lies before a pass. Raises SlowStepError."""
-        try:
-            async with asyncio.timeout(self._settings.max_step_seconds):
-                await self._behind.acquire()
-        except TimeoutError:
-            raise SlowStepError("others were served first: send it again") from None
-        try:
-            return await self._run(work)
-        finally:
-            self._behind.release()
-
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+                        await self._worker.run(partial(self._keeper.tidy, session, idle > _PARK_SECONDS))
+        await self._worker.run(self._keeper.store.delete_expired)

@@ -115,6 +115,14 @@ class TooManySessionsError(ServiceError):
     status, code, retry_after_seconds = 503, "too_many_sessions", 30
 
 
+class TooManyConnectionsError(ServiceError):
+    status, code, retry_after_seconds = 503, "too_many_connections", 5
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers = {**(self.headers or {}), "Connection": "close"}  # a place for another
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Gives every error answer of `app` the one body, those of the framework included."""
 

@@ -68,7 +68,7 @@ async def play(
     try:
         if engine.sockets[session_id] > most:
             raise TooManySocketsError(f"this session has {most} connections: close one")
-        session = await engine.session(session_id, client)
+        session = await engine.session_now(session_id, client)
         outbox.put(message(session, session.steps, session.frame_HWC, 0.0, picture))
         while (received := await socket.receive())["type"] != "websocket.disconnect":
             wrong = await answer(engine, clients, client, session_id, received.get("text") or "", picture, outbox)

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -13,7 +14,7 @@ import torch
 
 from serving.errors import BrokenVersionError, NotReadyError, TooManyVersionsError, UnknownVersionError
 from serving.metrics import Metrics
-from serving.model import FolderVersion, LoadedModel, ModelSource, ModelVersion, folder_digest, identity, load
+from serving.model import FolderVersion, LoadedModel, ModelSource, ModelVersion, folder_digest, identity, load, warm
 from serving.schemas import ModelVersionInfo
 from serving.settings import Settings
 
@@ -33,16 +34,16 @@ class _Broken(NamedTuple):
 class Models:
     """Follows the alias, and brings other versions into memory, each once, whoever asks.
 
-    `warm` dreams a first frame with a model, wherever frames are dreamt. Methods block while they ask the source or
-    load: call them from threads other than the event loop's.
+    `work` does what it is given in the thread where frames are dreamt. Methods block while they ask the source or load:
+    call them from threads other than the event loop's.
     """
 
     def __init__(
-        self, settings: Settings, source: ModelSource, metrics: Metrics, warm: Callable[[LoadedModel], None]
+        self, settings: Settings, source: ModelSource, metrics: Metrics, work: Callable[[Callable[[], None]], None]
     ) -> None:
         self.champion: LoadedModel | None = None
         self.problem = "the model is loading"  # why the alias's version is not the one that is served; or empty
-        self._settings, self._source, self._metrics, self._warm = settings, source, metrics, warm
+        self._settings, self._source, self._metrics, self._work = settings, source, metrics, work
         self._in_memory = WeakValueDictionary[tuple[str, str, str], LoadedModel]()
         self._recent: list[LoadedModel] = []  # kept though nobody plays them now, the last one asked for at the end
         self._identities: dict[str, tuple[str, str, str]] = {}  # of the source's versions, by number
@@ -173,7 +174,7 @@ class Models:
                 torch.set_num_threads(1)
                 try:
                     model = load(version)
-                    self._warm(model)
+                    self._work(partial(warm, model))
                 except Exception as error:  # whatever a file from elsewhere makes of a model
                     why = str(error) if isinstance(error, ValueError) else repr(error)
                     reason = f"version {version.version} does not work: {why}"

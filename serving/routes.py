@@ -75,6 +75,9 @@ SettingsDep = Annotated[Settings, Depends(get_settings)]
 _PROBLEM: dict[str, Any] = {
     "description": "what was wrong, and what is allowed",
     "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
+    "headers": {
+        "Retry-After": {"description": "with 429 and 503: seconds to wait", "schema": {"type": "integer"}, "example": 1}
+    },
 }
 health = APIRouter(tags=["health"])
 v1 = APIRouter(prefix="/v1", tags=["play"], responses={"default": _PROBLEM})
@@ -85,8 +88,11 @@ _ANIMATION = {200: {"content": {kind: {} for kind in _MEDIA_TYPES.values()}, "de
 _X_STEPS = {
     "X-Steps": {"description": "which frame of its session it is", "schema": {"type": "integer"}, "example": 12}
 }
+_TIMED = _X_STEPS | {
+    "Server-Timing": {"description": "how long it took", "schema": {"type": "string"}, "example": "step;dur=21.4"}
+}
 _PNG = {200: {"content": {"image/png": {}}, "description": "the frame; X-Steps says which", "headers": _X_STEPS}}
-
+_STEPPED = {200: {**_PNG[200], "headers": _TIMED}}
 
 SessionId = Annotated[str, Path(description="as POST /v1/sessions gave it", examples=["pJ3mW0vQk6sZ9y2d"])]
 
@@ -95,7 +101,12 @@ async def get_session(session_id: SessionId, engine: EngineDep, client: ClientDe
     return await engine.session(session_id, client)
 
 
+async def get_session_now(session_id: SessionId, engine: EngineDep, client: ClientDep) -> Session:
+    return await engine.session_now(session_id, client)
+
+
 SessionDep = Annotated[Session, Depends(get_session)]
+SessionNowDep = Annotated[Session, Depends(get_session_now)]
 
 
 @health.get("/healthz", responses={500: _PROBLEM})
@@ -117,7 +128,7 @@ async def metrics(request: Request, engine: EngineDep) -> PlainTextResponse:
     """What Prometheus scrapes."""
     found: Metrics = request.app.state.metrics
     found.sessions.set(engine.num_sessions)
-    found.queue.set(engine.num_waiting)
+    found.queue.set(engine.passes.num_waiting)
     return PlainTextResponse(found.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -298,17 +309,17 @@ async def models(engine: EngineDep) -> list[ModelVersionInfo]:
 
 
 @v1.get("/sessions/{session_id}")
-async def get_session_info(session: SessionDep) -> SessionInfo:
+async def get_session_info(session: SessionNowDep) -> SessionInfo:
     return session.info()
 
 
 @v1.get("/sessions/{session_id}/frame", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
-async def frame(session: SessionDep) -> Response:
+async def frame(session: SessionNowDep) -> Response:
     """The newest frame as PNG."""
     return _frame_response(session.steps, session.frame_HWC)
 
 
-@v1.post("/sessions/{session_id}/step", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
+@v1.post("/sessions/{session_id}/step", response_class=Response, responses=_STEPPED)  # type: ignore[arg-type]
 async def step(
     body: StepRequest, session: SessionDep, engine: EngineDep, client: ClientDep, clients: ClientsDep
 ) -> Response:

@@ -23,6 +23,7 @@ from serving.worlds import World
 
 FEW = 2  # players who leave a core to requests
 _PAINTED, _REPLAYED = 8, 4  # frames at once: some 20 ms of `demo`, then others step
+ELSEWHERE = "this session ended or went on elsewhere: ask where it stands"
 ENDED = "this session does not exist or has ended: create a new one"
 
 
@@ -161,14 +162,19 @@ class Keeper:
             raise UnknownSessionError(ENDED)
         return found
 
+    def stands(self, session: Session) -> bool:
+        """Whether its newest frame is the store's too. Raises UnknownSessionError."""
+        return len(self._kept(session, session.steps, session.steps + 1, most=session.steps + 2)) == 1
+
     def actions(self, session: Session, start: int, stop: int) -> list[int]:
         """Those that led to frames start..stop."""
         return [frame.action for frame in self._kept(session, start, stop)]
 
-    def _kept(self, session: Session, start: int, stop: int) -> list[Frame]:
+    def _kept(self, session: Session, start: int, stop: int, most: int | None = None) -> list[Frame]:
+        """Frames start..stop, and up to `most` where there are any. Raises UnknownSessionError."""
         tokenizer = session.model.genie.tokenizer
         shape = (tokenizer.num_patches, tokenizer.config.codes_per_patch)
-        found = self.store.frames(session.id, shape, start, stop)
+        found = self.store.frames(session.id, shape, start, most or stop)
         if len(found) < stop - start:
             raise UnknownSessionError(ENDED)
         return found

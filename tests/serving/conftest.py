@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
 from chromium import Chromium
 from fakeredis import TcpFakeServer
 from fastapi.testclient import TestClient
-from play_help import Registry, pixels
+from play_help import Registry, eventually, pixels
 from redis_server import EXECUTABLE, RedisServer
 
+from serving.__main__ import bind
 from serving.app import create_app
+from serving.connections import server_of
 from serving.settings import Settings
 
 
@@ -88,6 +91,26 @@ def serve(registry: Registry) -> Iterator[Callable[..., TestClient]]:
     yield start
     for client in clients:
         client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def address(serve: Callable[..., TestClient]) -> Iterator[Callable[..., tuple[str, int]]]:
+    """address(**settings): where a running service listens."""
+    servers: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(**settings: object) -> tuple[str, int]:
+        client = serve(**settings)
+        server, listener = server_of(client.app, lifespan="off"), bind("127.0.0.1", 0)  # type: ignore[arg-type]
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        servers.append((server, thread))
+        eventually(lambda: server.started)
+        return listener.getsockname()[:2]
+
+    yield start
+    for server, thread in servers:
+        server.should_exit = True
+        thread.join(10)
 
 
 @pytest.fixture(scope="session")

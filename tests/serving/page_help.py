@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvicorn
 from chromium import Chromium
 from play_help import Registry, pixels
 
 from serving.__main__ import bind
 from serving.app import create_app
+from serving.connections import server_of
 from serving.engine import Engine
 from serving.settings import Settings
 
@@ -37,7 +37,7 @@ def serving(
         registry.set_alias("3", model_folder)
     app = create_app(Settings(**settings), registry)
     app.state.engine.models.refresh()
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    server = server_of(app)
     with bind("127.0.0.1", port) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

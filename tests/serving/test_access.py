@@ -8,14 +8,13 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from play_help import assert_error, create, eventually, step
 from pydantic_settings import CliApp
@@ -192,7 +191,7 @@ def test_a_step_that_waits_too_long_is_refused_and_safe_to_send_again(
     monkeypatch.setattr(worlds, "step", lambda *args: (go.wait(10), together(*args))[1])
     with ThreadPoolExecutor(2) as pool:
         in_pass = pool.submit(client.post, f"/v1/sessions/{slow}/step", json={"action": 1, "step": 1})
-        eventually(lambda: client.app.state.engine.num_waiting == 0 and not in_pass.done())  # type: ignore[attr-defined]
+        eventually(lambda: client.app.state.engine.passes.num_waiting == 0 and not in_pass.done())  # type: ignore[attr-defined]
         time.sleep(0.1)
         queued = pool.submit(client.post, f"/v1/sessions/{other}/step", json={"action": 1, "step": 1})
         for answer in (in_pass.result(), queued.result()):
@@ -216,27 +215,6 @@ def test_a_step_that_waits_too_long_is_refused_and_safe_to_send_again(
 
 
 # ---- a service of its own, to which one can be rude
-
-
-@pytest.fixture
-def address(serve: Serve) -> Iterator[Callable[..., tuple[str, int]]]:
-    servers: list[tuple[uvicorn.Server, threading.Thread]] = []
-
-    def start(**settings: object) -> tuple[str, int]:
-        client = serve(**settings)
-        proxies = client.app.state.settings.trusted_proxies  # type: ignore[attr-defined]
-        config = uvicorn.Config(client.app, port=0, log_level="error", lifespan="off", forwarded_allow_ips=proxies)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        servers.append((server, thread))
-        eventually(lambda: server.started)
-        return server.servers[0].sockets[0].getsockname()[:2]
-
-    yield start
-    for server, thread in servers:
-        server.should_exit = True
-        thread.join(10)
 
 
 def test_an_upload_that_dawdles_is_refused(address: Callable[..., tuple[str, int]]) -> None:
@@ -351,7 +329,7 @@ def test_a_service_whose_worlds_stand_still_says_so(serve: Serve, monkeypatch: p
     client = serve(max_step_seconds=0.3)
     session = create(client)
     assert client.get("/healthz").status_code == 200
-    monkeypatch.setattr(client.app.state.engine, "_next_batch", lambda: 1 / 0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(client.app.state.engine.passes, "_next_batch", lambda: 1 / 0)  # type: ignore[attr-defined]
     assert step(client, session, 0).status_code == 503
     assert_error(client.get("/healthz"), 500, "internal", "see the log")
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from play_help import assert_error, create, pixels, play, step
+from redis import Redis
 from redis_server import PASSWORD, RedisServer
 
 from genie_model.genie import NO_ACTION
@@ -200,8 +201,16 @@ def test_a_session_goes_on_in_another_replica(serve: Serve, any_store: str) -> N
     assert [step(a, session, action).content for action in actions[:10]] == undisturbed[:10]
     assert_goes_on(b, session, {11: actions[10], 12: actions[11]}, undisturbed)
     assert_error(step(a, session, 0), 409, "session_moved")  # it did not know
-    assert a.get(f"/v1/sessions/{session}").json()["steps"] == 12
-    assert b.delete(f"/v1/sessions/{session}").status_code == 204
+    here = f"/v1/sessions/{session}"
+    assert a.get(here).json()["steps"] == 12
+    newest = step(b, session, 3).content
+    assert a.get(f"{here}/frame").content == newest  # who asks where it stands is told, whoever stepped it
+    step(b, session, 3)
+    assert a.get(here).json()["steps"] == 14
+    step(b, session, 3)
+    with a.websocket_connect(f"{here}/play") as live:
+        assert b'"step": 15' in live.receive_bytes()
+    assert b.delete(here).status_code == 204
     step(a, session, 0)
     assert_error(step(a, session, 0), 404, "unknown_session")
 
@@ -248,6 +257,8 @@ def test_a_step_whose_answer_from_redis_was_lost_is_not_taken_twice(serve: Serve
     undisturbed = play(client, [1, 2, 3], seed=4)
     session = create(client, seed=4)
     step(client, session, 1)
+    redis = Redis.from_url(redis_server.url)
+    sent = redis.info("commandstats")["cmdstat_eval"]["calls"]  # type: ignore[index]
     with redis_server.frozen():
         assert_unavailable(client, session, 2)
     store = open_store(redis_server.url, 60)
@@ -256,6 +267,8 @@ def test_a_step_whose_answer_from_redis_was_lost_is_not_taken_twice(serve: Serve
         assert time.monotonic() < deadline
         time.sleep(0.02)
     store.close()
+    assert redis.info("commandstats")["cmdstat_eval"]["calls"] == sent + 1  # type: ignore[index]
+    redis.close()
     assert_goes_on(client, session, {2: 2, 3: 3}, undisturbed)
 
 

@@ -13,15 +13,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 from play_help import assert_error, create, eventually, picture, step
 from starlette.websockets import WebSocketDisconnect
 
-from serving.connections import ImpatientProtocol
 from serving.images import frame_from_upload
 
 Serve = Callable[..., TestClient]
@@ -59,9 +58,9 @@ def test_a_step_waits_for_one_painted_frame_at_most_however_many_are_asked_for(
     monkeypatch.setattr(keeper, "step", lambda *a: (order.append("step"), take(*a))[1])
     with ThreadPoolExecutor(6) as pool:
         frames = [pool.submit(client.get, f"/v1/sessions/{session}/frames/0") for _ in range(5)]
-        eventually(lambda: client.app.state.engine._behind.locked())  # type: ignore[attr-defined]
+        eventually(lambda: client.app.state.engine._worker._behind.locked())  # type: ignore[attr-defined]
         stepped = pool.submit(step, client, other, 1)
-        eventually(lambda: client.app.state.engine._worker._work_queue.qsize() > 0)  # type: ignore[attr-defined]
+        eventually(lambda: client.app.state.engine._worker._thread._work_queue.qsize() > 0)  # type: ignore[attr-defined]
         go.set()
         assert stepped.result().status_code == 200
         assert {frame.result().status_code for frame in frames} == {200}
@@ -81,7 +80,7 @@ def test_what_waits_behind_players_too_long_is_refused(serve: Serve, monkeypatch
     monkeypatch.setattr(keeper, "painting", painting)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.get, f"/v1/sessions/{session}/frames/0")
-        eventually(lambda: client.app.state.engine._behind.locked())  # type: ignore[attr-defined]
+        eventually(lambda: client.app.state.engine._worker._behind.locked())  # type: ignore[attr-defined]
         refused = client.get(f"/v1/sessions/{session}/frames/0")
         assert_error(refused, 503, "step_too_slow", "send it again")
         assert int(refused.headers["retry-after"]) > 0
@@ -188,38 +187,48 @@ def test_a_session_has_few_connections(serve: Serve) -> None:
     assert not client.app.state.engine.sockets  # type: ignore[attr-defined]
 
 
-def test_a_connection_that_brings_no_request_is_closed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_that_brings_no_request_is_closed(
+    address: Callable[..., tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("serving.connections.HEADER_SECONDS", 0.5)
-    client = serve()
-    session = create(client)
-    config = uvicorn.Config(client.app, port=0, log_level="error", lifespan="off", http=ImpatientProtocol)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    eventually(lambda: server.started)
-    address = server.servers[0].sockets[0].getsockname()[:2]
+    host, port = address()
+    session = create(httpx.Client(base_url=f"http://{host}:{port}"))
     whole = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
     upgrade = (
         f"GET /v1/sessions/{session}/play HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
         "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     ).encode()
-    try:
-        for begun in (b"", whole[:20], whole + whole[:20]):
-            with socket.create_connection(address, timeout=10) as connection:
-                connection.sendall(begun)
-                began = time.monotonic()
-                while connection.recv(10_000):
-                    pass
-                assert 0.3 < time.monotonic() - began < 4
-        with socket.create_connection(address, timeout=1) as live:  # a player thinks for longer
-            live.sendall(upgrade)
-            while b"milliseconds" not in live.recv(10_000):
+    for begun in (b"", whole[:20], whole + whole[:20]):
+        with socket.create_connection((host, port), timeout=10) as connection:
+            connection.sendall(begun)
+            began = time.monotonic()
+            while connection.recv(10_000):
                 pass
-            with pytest.raises(TimeoutError):
-                live.recv(10_000)
-    finally:
-        server.should_exit = True
-        thread.join(10)
+            assert 0.3 < time.monotonic() - began < 4
+    with socket.create_connection((host, port), timeout=1) as live:  # a player thinks for longer
+        live.sendall(upgrade)
+        while b"milliseconds" not in live.recv(10_000):
+            pass
+        with pytest.raises(TimeoutError):
+            live.recv(10_000)
+
+
+def test_more_connections_than_may_be_open_are_told_so_but_not_those_of_a_probe(
+    address: Callable[..., tuple[str, int]],
+) -> None:
+    host, port = address(max_connections=2)
+    base = f"http://{host}:{port}"
+    players = [httpx.Client(base_url=base) for _ in range(2)]
+    assert [player.get("/v1/model").status_code for player in players] == [200, 200]
+    with httpx.Client(base_url=base) as third:
+        assert third.get("/healthz").status_code == 200
+        refused = third.get("/v1/model")
+        assert_error(refused, 503, "too_many_connections", "try again later")
+        assert int(refused.headers["retry-after"]) > 0
+        assert refused.headers["connection"] == "close"
+        players[0].close()
+        eventually(lambda: third.get("/v1/model").status_code == 200)
+    players[1].close()
 
 
 def test_what_is_parsed_at_once_is_short_and_a_data_url_may_be_as_large_as_an_upload(serve: Serve) -> None:
@@ -275,7 +284,7 @@ def test_a_session_that_is_deleted_while_it_is_opened_stays_deleted(
     monkeypatch.setattr(keeper, "painting", painting)
     with ThreadPoolExecutor(2) as pool:
         opening = pool.submit(client.get, f"/v1/sessions/{session}")
-        eventually(lambda: client.app.state.engine._behind.locked())  # type: ignore[attr-defined]
+        eventually(lambda: client.app.state.engine._worker._behind.locked())  # type: ignore[attr-defined]
         deleting = pool.submit(client.delete, f"/v1/sessions/{session}")
         go.set()
         assert deleting.result().status_code == 204
