@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--players", type=int, default=8)
     arguments = parser.parse_args()
     command = [sys.executable, "-m", "serving", "--port", "0", "--model-uri", arguments.model]
-    command += ["--session-store", ":memory:", "--idle-seconds", "20", "--client-sessions", "0"]
+    command += ["--session-store", ":memory:", "--idle-seconds", "60", "--client-sessions", "0"]
     command += ["--client-worlds-per-minute", "0", "--client-steps-per-minute", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     seen, wrong, memory = collections.Counter[str](), list[str](), list[float]()
