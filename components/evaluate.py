@@ -14,6 +14,7 @@ def evaluate(
     model_uri: str,
     metrics: dsl.Output[dsl.Metrics],
     pictures: dsl.Output[dsl.HTML],
+    study: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
 ) -> dict:
     """Measures the model on levels it never saw. Returns the metrics; their 95% half widths end in _ci95."""
     from json import dumps
@@ -24,11 +25,12 @@ def evaluate(
     from genie_model.report import html_page
     from genie_model.tracking import step
 
-    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment}
-    with step("evaluate", preset, overrides, **where) as run:
+    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
+    with step("evaluate", preset, overrides, **where, ends_pipeline="variant" in study) as run:
         run.dataset(data_uri)
         result = measure(run.config, model_uri, data_uri, run)
         measured = {name: float(value) for name, value in result.metrics.items() if isfinite(value)}
+        run.result(measured)
         metrics.metadata.update(measured)
         Path(metrics.path).write_text(dumps(measured))  # kfp.local caches no artifact without a file
         Path(pictures.path).write_text(html_page(f"{run.config.name} on held-out levels", measured, result.pictures))

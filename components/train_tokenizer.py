@@ -5,13 +5,19 @@ from kfp import dsl
 
 @dsl.component(base_image="genie-platform:0.1.0", install_kfp_package=False)
 def train_tokenizer(
-    preset: str, overrides: list, root_uri: str, tracking_uri: str, experiment: str, data_uri: str
+    preset: str,
+    overrides: list,
+    root_uri: str,
+    tracking_uri: str,
+    experiment: str,
+    data_uri: str,
+    study: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
 ) -> str:
     """Trains the ST-ViViT tokenizer on the data set; carries on from its last checkpoint. Returns the model's URI."""
     from genie_model.tracking import step
     from genie_model.train import train_tokenizer as train
 
-    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment}
+    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
     with step("train-tokenizer", preset, overrides, **where) as run:
         run.dataset(data_uri)
         tokenizer_uri = train(run.config, data_uri, root_uri, run)

@@ -12,12 +12,13 @@ def train_world(
     experiment: str,
     data_uri: str,
     tokenizer_uri: str,
+    study: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
 ) -> str:
     """Co-trains the latent action model and the dynamics on the tokenizer's codes. Returns the whole model's URI."""
     from genie_model.tracking import step
     from genie_model.train import train_world as train
 
-    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment}
+    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
     with step("train-world", preset, overrides, **where) as run:
         run.dataset(data_uri)
         model_uri = train(run.config, data_uri, tokenizer_uri, root_uri, run)

@@ -57,6 +57,20 @@ def play_flops(genie: Genie, config: Config) -> int:
     return flops
 
 
+def sizes(config: Config) -> dict[str, float]:
+    """Parameters of each part, and FLOPs of each training: of all its steps."""
+    with FakeTensorMode():
+        genie = Genie(config)
+        found = {f"parameters_{name}": float(num_parameters(part)) for name, part in genie.named_children()}
+        found["parameters"] = float(num_parameters(genie))
+        for name, part in (("train_tokenizer", genie.tokenizer), ("train_world", genie)):
+            stage: StageConfig = getattr(config, name)
+            cost = training_cost(part, config, stage.batch_size, stage.precision)
+            found[f"flops_{name}"] = cost.flops * stage.steps
+            genie.tokenizer.requires_grad_(False)
+    return found
+
+
 def describe(config: Config, devices: int = 1) -> str:
     """The tree, and parameters, FLOPs and memory per device, beside what the paper reports of the preset.
 

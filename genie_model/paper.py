@@ -73,7 +73,7 @@ def _platformers(name: str, dynamics: TransformerConfig, batch_size: int, steps:
     )
 
 
-class _Size(NamedTuple):
+class Size(NamedTuple):
     """A row of Table 10, in its order."""
 
     parameters: float
@@ -85,36 +85,41 @@ class _Size(NamedTuple):
     days: int
     flops: float
 
+    @property
+    def shape(self) -> TransformerConfig:
+        return TransformerConfig(
+            num_layers=self.num_layers, d_model=self.d_model, num_heads=self.num_heads, head_dim=self.head_dim
+        )
 
-_TABLE_10 = {
-    "41m": _Size(41e6, 18, 8, 512, 64, "64 TPUv2", 3, 2.05e20),
-    "96m": _Size(96e6, 16, 16, 768, 64, "64 TPUv2", 6, 3.58e20),
-    "192m": _Size(192e6, 20, 18, 1024, 64, "64 TPUv2", 9, 6.4e20),
-    "404m": _Size(404e6, 21, 12, 1536, 128, "64 TPUv2", 18, 1.2e21),
-    "811m": _Size(811e6, 20, 20, 2048, 128, "128 TPUv3", 7, 2.2e21),
-    "1.6b": _Size(1.6e9, 28, 22, 2560, 128, "128 TPUv3", 12, 4.04e21),
-    "2.7b": _Size(2.7e9, 36, 22, 3072, 128, "256 TPUv3", 16, 6.91e21),
+
+TABLE_10 = {
+    "41m": Size(41e6, 18, 8, 512, 64, "64 TPUv2", 3, 2.05e20),
+    "96m": Size(96e6, 16, 16, 768, 64, "64 TPUv2", 6, 3.58e20),
+    "192m": Size(192e6, 20, 18, 1024, 64, "64 TPUv2", 9, 6.4e20),
+    "404m": Size(404e6, 21, 12, 1536, 128, "64 TPUv2", 18, 1.2e21),
+    "811m": Size(811e6, 20, 20, 2048, 128, "128 TPUv3", 7, 2.2e21),
+    "1.6b": Size(1.6e9, 28, 22, 2560, 128, "128 TPUv3", 12, 4.04e21),
+    "2.7b": Size(2.7e9, 36, 22, 3072, 128, "256 TPUv3", 16, 6.91e21),
 }
-_TABLE_11 = TransformerConfig(num_layers=34, num_heads=20, d_model=2560, head_dim=128)
-_TABLE_11_HARDWARE = {128: "64 TPUv3", 256: "128 TPUv3", 448: "64 TPUv5p"}
+TABLE_11 = TransformerConfig(num_layers=34, num_heads=20, d_model=2560, head_dim=128)
+TABLE_11_HARDWARE = {128: "64 TPUv3", 256: "128 TPUv3", 448: "64 TPUv5p"}
 _TABLE_12 = TransformerConfig(num_layers=48, num_heads=36, d_model=5120, head_dim=128)
 
 
-def _table_10(name: str, row: _Size) -> PaperPreset:
-    shape = TransformerConfig(
-        num_layers=row.num_layers, num_heads=row.num_heads, d_model=row.d_model, head_dim=row.head_dim
-    )
+def _table_10(name: str, row: Size) -> PaperPreset:
     reported = f"{row.parameters / 1e6:,.0f}M parameters, {row.days} days on {row.hardware}, {row.flops:.3g} FLOPs"
-    return PaperPreset(lambda: _platformers(name, shape, 256), "Table 10 (and 5, 7, 8, 9)", reported, row.parameters)
+    return PaperPreset(
+        lambda: _platformers(name, row.shape, 256), "Table 10 (and 5, 7, 8, 9)", reported, row.parameters
+    )
 
 
 def _table_11(name: str, batch_size: int) -> PaperPreset:
-    reported = f"2.3B parameters on {_TABLE_11_HARDWARE[batch_size]}; Figure 9: larger batches end in a lower loss"
-    return PaperPreset(lambda: _platformers(name, _TABLE_11, batch_size), "Table 11 (and 5, 7, 8, 9)", reported, 2.3e9)
+    reported = f"2.3B parameters on {TABLE_11_HARDWARE[batch_size]}; Figure 9: larger batches end in a lower loss"
+    return PaperPreset(lambda: _platformers(name, TABLE_11, batch_size), "Table 11 (and 5, 7, 8, 9)", reported, 2.3e9)
 
 
 def _robotics() -> Config:
-    return _platformers("robotics", _TABLE_11, 256)
+    return _platformers("robotics", TABLE_11, 256)
 
 
 PAPER_PRESETS = {
@@ -123,10 +128,10 @@ PAPER_PRESETS = {
         "Tables 15, 16, 17 (and 8, 9)",
         "no figures; three days of tokenizer training on one TPU with 16 GB, all of it under a week",
     ),
-    **{name: _table_10(name, row) for name, row in ((f"platformers_{size}", row) for size, row in _TABLE_10.items())},
+    **{name: _table_10(name, row) for name, row in ((f"platformers_{size}", row) for size, row in TABLE_10.items())},
     **{
         name: _table_11(name, batch_size)
-        for name, batch_size in ((f"platformers_2.3b_batch_{size}", size) for size in _TABLE_11_HARDWARE)
+        for name, batch_size in ((f"platformers_2.3b_batch_{size}", size) for size in TABLE_11_HARDWARE)
     },
     "genie_11b": PaperPreset(
         lambda: _platformers("genie_11b", _TABLE_12, 512, steps=125_000),

@@ -89,6 +89,51 @@ def line_plots(estimates: Mapping[str, Sequence[tuple[float, float]]], beside: M
         axes.set_xlabel("t, frames since the prompt")
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
+    return _drawn(canvas)
+
+
+def dot_plots(values: Mapping[str, Mapping[str, tuple[float, float]]]) -> Picture:
+    """A plot for each heading: of every row the value, and where it is known its 95% interval."""
+    rows = list(dict.fromkeys(row for by_row in values.values() for row in by_row))
+    figure = Figure(figsize=(1.6 + 2.6 * len(values), 0.9 + 0.4 * len(rows)), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, (heading, by_row) in zip(
+        figure.subplots(1, len(values), squeeze=False, sharey=True)[0], values.items(), strict=True
+    ):
+        for place, row in enumerate(rows):
+            if row in by_row:
+                value, ci95 = by_row[row]
+                axes.errorbar(value, place, xerr=np.nan_to_num(ci95), fmt="o", color="tab:blue", capsize=3)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_title(heading, fontsize="medium")
+        axes.grid(alpha=0.3)
+        axes.margins(0.15)
+    figure.axes[0].invert_yaxis()
+    return _drawn(canvas)
+
+
+def scatter(
+    points: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, law: tuple[float, float] | None = None
+) -> Picture:
+    """The points of every row on axes with logarithms, and the line y = factor * x ** exponent of `law`."""
+    figure = Figure(figsize=(6.4, 4.2), dpi=100, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    for row, pairs in points.items():
+        if pairs:
+            axes.loglog(*zip(*pairs, strict=True), "o", label=row)
+    if law:
+        ends = np.array(
+            [min(a for some in points.values() for a, _ in some), max(a for some in points.values() for a, _ in some)]
+        )
+        axes.loglog(ends, law[0] * ends ** law[1], color="0.4", linewidth=1)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3, which="both")
+    return _drawn(canvas)
+
+
+def _drawn(canvas: FigureCanvasAgg) -> Picture:
     canvas.draw()  # type: ignore[no-untyped-call]
     return np.asarray(canvas.buffer_rgba(), np.uint8)[..., :3].copy()  # type: ignore[no-untyped-call]
 

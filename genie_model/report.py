@@ -1,4 +1,4 @@
-"""A step's metrics and pictures as one HTML page without outside references: what the Kubeflow UI shows for a run."""
+"""Metrics and pictures as one HTML page without outside references: what the Kubeflow UI shows for a run."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ from PIL import Image
 
 _PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 15px system-ui; margin: 2em }}
-td {{ padding: 2px 1.5em 2px 0; font-variant-numeric: tabular-nums }}
+td, th {{ padding: 2px 1.5em 2px 0; text-align: left; font-variant-numeric: tabular-nums }}
 img {{ image-rendering: pixelated; max-width: 100%; border: 1px solid #8888 }}</style>
-<h1>{title}</h1>{pictures}<table>{rows}</table>
+<h1>{title}</h1>{body}
 """
 
 
 def html_page(title: str, metrics: Mapping[str, float], pictures: Mapping[str, NDArray[np.uint8]]) -> str:
     """`pictures` are uint8 (H, W, 3); a metric with a `<name>_ci95` twin is shown with its 95% interval."""
-    shown = "".join(
-        f'<h2>{html.escape(name.replace("_", " "))}</h2><img alt="{html.escape(name)}" src="{_data_uri(picture)}">'
-        for name, picture in pictures.items()
-    )
     rows = "".join(
         f"<tr><td>{html.escape(name)}<td>{value:.4g}"
         + (f" ± {metrics[f'{name}_ci95']:.2g}" if f"{name}_ci95" in metrics else "")
         for name, value in metrics.items()
         if not name.endswith("_ci95")
     )
-    return _PAGE.format(title=html.escape(title), pictures=shown, rows=rows)
+    return page(title, pictures, f"<table>{rows}</table>", pictures_first=True)
+
+
+def page(title: str, pictures: Mapping[str, NDArray[np.uint8]], body: str, pictures_first: bool = False) -> str:
+    """`body` is HTML, with the `pictures` before or behind it."""
+    shown = "".join(
+        f'<h2>{html.escape(name.replace("_", " "))}</h2><img alt="{html.escape(name)}" src="{_data_uri(picture)}">'
+        for name, picture in pictures.items()
+    )
+    return _PAGE.format(title=html.escape(title), body=shown + body if pictures_first else body + shown)
 
 
 def _data_uri(picture_HWC: NDArray[np.uint8]) -> str:

@@ -13,15 +13,27 @@ import urllib.error
 import urllib.request
 import warnings
 from pathlib import Path
+from typing import Any
 
 from genie_model.config import Config
 from genie_model.presets import get_preset, preset_names
-from pipelines.local import PipelineError, interrupt_on_signals, locked, run_locally, say
+from pipelines.local import (
+    PIPELINES,
+    STUDIES,
+    PipelineError,
+    interrupt_on_signals,
+    locked,
+    pipeline_named,
+    run_locally,
+    say,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 2 for a wrong argument, 1 for a failure, 130 for Ctrl-C; each after one line."""
     args = _parser().parse_args(arguments)
+    if args.command == "report":
+        return _report(args)
     try:
         config = get_preset(args.preset).with_overrides(*args.set)
     except ValueError as error:
@@ -52,8 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, text in helps.items():
         command = commands.add_parser(name, help=text, description=text)
-        if name != "demo":
-            command.add_argument("pipeline", choices=["coinrun"])
+        if name == "demo":
+            command.set_defaults(pipeline="coinrun")
+        else:
+            command.add_argument("pipeline", choices=PIPELINES)
+            command.add_argument("--seeds", type=int, nargs="+", help="of a study: a run of every variant for each")
+            command.add_argument("--variant", action="append", help="of a study: only this one (may be repeated)")
         preset = "demo" if name == "demo" else "coinrun"
         command.add_argument("--preset", default=preset, help=f"one of {', '.join(preset_names())} (default: {preset})")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
@@ -74,14 +90,31 @@ def _parser() -> argparse.ArgumentParser:
                 "--port", type=_port, default=8000, help="the page's; default: 8000, or the next free one"
             )
         if name == "compile":
-            command.add_argument("--output", default="build/coinrun.yaml", help="default: build/coinrun.yaml")
+            command.add_argument("--output", help="default: build/PIPELINE.yaml")
         if name == "submit":
             command.add_argument("--host", required=True, help="URL of the Kubeflow Pipelines API")
+    command = commands.add_parser("report", help="make a study's report from MLflow", description="from MLflow alone")
+    command.add_argument("pipeline", choices=STUDIES)
+    command.add_argument("--tracking-uri", default="", help="MLflow server (default: MLFLOW_TRACKING_URI)")
+    command.add_argument("--experiment", default="genie", help="MLflow experiment (default: genie)")
+    command.add_argument("--state", default=".genie", help="folder whose MLflow store is read if no server is named")
+    command.add_argument("--output", default="build", help="folder for NAME.html, NAME.md and plots (default: build)")
     return parser
 
 
+def _arguments(args: argparse.Namespace, root_uri: str | None) -> dict[str, Any]:
+    """What the pipeline is given, its MLflow server aside. Raises ValueError for what only a study takes."""
+    values: dict[str, Any] = {"preset": args.preset, "overrides": args.set, "experiment": args.experiment}
+    values |= {"root_uri": root_uri} if root_uri else {}
+    asked = {"seeds": getattr(args, "seeds", None), "variants": getattr(args, "variant", None)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked and args.pipeline not in STUDIES:
+        raise ValueError(f"--seeds and --variant are for studies: {', '.join(STUDIES)}")
+    return values | asked
+
+
 def _compile(args: argparse.Namespace, config: Config) -> int:
-    output = Path(args.output)
+    output = Path(args.output or f"build/{args.pipeline}.yaml")
     _write_package(args, output)
     say(f"{output}: upload it in the Kubeflow UI; preset {args.preset} and its overrides are the form's defaults")
     return 0
@@ -100,7 +133,7 @@ def _submit(args: argparse.Namespace, config: Config) -> int:
             "submit needs --root, a URI that the cluster's steps can read and write, e.g. gs://bucket/genie"
         )
     _reach(args.host)
-    package = Path("build/coinrun.yaml")
+    package = Path(f"build/{args.pipeline}.yaml")
     _write_package(args, package)
     say(f"submits {package} to {args.host}")
     run_id = _start(args.host, package, args.experiment)
@@ -118,13 +151,35 @@ def _demo(args: argparse.Namespace, config: Config) -> int:
         return play_server(state, tracking_uri, page_port)
 
 
+def _report(args: argparse.Namespace) -> int:
+    from genie_model.tracking import connect, newest_study, report
+
+    try:
+        own = Path(args.state, "mlflow", "mlflow.db").absolute()
+        named = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{own}"
+        if named == f"sqlite:///{own}" and not own.exists():
+            raise ValueError(f"there is no MLflow store at {own}: name a server with --tracking-uri")
+        client = connect(named)
+        comparison = report(args.pipeline, client, newest_study(args.pipeline, client, args.experiment)).comparison
+    except ValueError as error:
+        return _refuse(str(error), 1)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for ending, text in (("html", comparison.html()), ("md", comparison.markdown())):
+        (folder / f"{args.pipeline}.{ending}").write_text(text)
+    print(comparison.markdown())
+    say(f"written to {folder / args.pipeline}.html and .md")
+    return 0
+
+
 def _run_pipeline(args: argparse.Namespace, config: Config, state: Path, tracking_uri: str) -> None:
     root_uri = args.root or str(state)
     say(f"preset {args.preset}{''.join(f' {override}' for override in args.set)}; everything is kept in {root_uri}")
     named = getattr(args, "tracking_uri", None) or os.environ.get("MLFLOW_TRACKING_URI")
     if args.command == "demo" or not named:  # the server is our own: its port may change, its database does not
         named = str((state / "mlflow" / "mlflow.db").stat().st_ino)
-    run_locally(config, args.preset, args.set, root_uri, tracking_uri, args.experiment, state, not args.no_cache, named)
+    arguments = _arguments(args, root_uri)
+    run_locally(args.pipeline, arguments, config, tracking_uri, state, not args.no_cache, named)
 
 
 @contextlib.contextmanager
@@ -190,13 +245,10 @@ def _not_kubeflow(host: str, answered: str) -> ValueError:
 def _write_package(args: argparse.Namespace, output: Path) -> None:
     from kfp import compiler
 
-    from pipelines.coinrun import coinrun
-
-    values = {"preset": args.preset, "overrides": args.set, "experiment": args.experiment}
-    values |= {"tracking_uri": args.tracking_uri} | ({"root_uri": args.root} if args.root else {})
+    values = _arguments(args, args.root) | {"tracking_uri": args.tracking_uri}
     output.parent.mkdir(parents=True, exist_ok=True)
     half = output.with_name(f".{output.name}.tmp.yaml")
-    compiler.Compiler().compile(coinrun, str(half), pipeline_parameters=values)
+    compiler.Compiler().compile(pipeline_named(args.pipeline), str(half), pipeline_parameters=values)
     half.replace(output)
 
 

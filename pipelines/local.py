@@ -1,10 +1,11 @@
-"""The same pipeline without a cluster: kfp.local runs each step as a process of this machine."""
+"""The same pipelines without a cluster: kfp.local runs each step as a process of this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import io
 import logging
 import os
@@ -14,9 +15,10 @@ import signal
 import sys
 import time
 import warnings
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import psutil
 
@@ -28,9 +30,20 @@ _COLOR = re.compile(r"\x1b\[\d+m")
 _STARTED = re.compile(r"Executing task '(.+)'")
 _CACHED = re.compile(r"Task (.+) cache hit")
 _ENDED = re.compile(r"Task '(.+)' finished with status (SUCCESS|FAILURE)")
+_OUTPUTS = re.compile(r"Task '.+' outputs:")
 _OUTCOMES = {"SUCCESS": "done in", "FAILURE": "failed after"}
-_STEP_INDENT = "    "  # of a step's output
-_EXECUTOR_LOG = re.compile(r" *\[KFP Executor ")
+_EXECUTOR = re.compile(
+    r"\[KFP Executor |[{}\[\]],?$|\"|[\d.]+,?$|(true|false|null),?$|-{20}"
+)  # its log, its input as JSON
+
+
+STUDIES = ("lam_inputs", "tokenizers", "scaling")
+PIPELINES = ("coinrun", *STUDIES)
+
+
+def pipeline_named(name: str) -> Any:
+    """What kfp compiles and runs."""
+    return getattr(importlib.import_module(f"pipelines.{name}"), name)
 
 
 class PipelineError(Exception):
@@ -38,25 +51,22 @@ class PipelineError(Exception):
 
 
 def run_locally(
+    name: str,
+    arguments: dict[str, Any],
     config: Config,
-    preset: str,
-    overrides: list[str],
-    root_uri: str,
     tracking_uri: str,
-    experiment: str,
     state: Path,
     cache: bool,
     recorded_in: str,
 ) -> None:
-    """Runs the pipeline; steps that are in KFP's cache are skipped, an interrupted one carries on.
+    """Runs the pipeline of that name; steps that are in KFP's cache are skipped, an interrupted one carries on.
 
     `state` keeps KFP's cache, its outputs and the full log; `recorded_in` names the MLflow store, for a step that was
     recorded in another one is not finished here. Raises PipelineError.
     """
     from kfp import local
 
-    from pipelines.coinrun import coinrun
-
+    pipeline, root_uri = pipeline_named(name), arguments["root_uri"]
     warnings.filterwarnings("ignore", module="kfp.*")  # that resources and images mean nothing here
     local.init(
         runner=local.SubprocessRunner(use_venv=False),
@@ -73,16 +83,19 @@ def run_locally(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     environment["TMPDIR"] = str(scratch)
-    if sys.stderr.isatty():
+    if name in STUDIES:  # which run two cells at once
+        environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 2) // 2, 1))
+    elif sys.stderr.isatty():
         environment[TERMINAL_VARIABLE] = os.ttyname(sys.stderr.fileno())
     with log_path.open("w") as log, _environment(environment), _relayed(sys.stdout, log):
         try:
-            coinrun(root_uri=root_uri, preset=preset, overrides=overrides, tracking_uri="", experiment=experiment)
+            pipeline(**arguments, tracking_uri="")
         except RuntimeError as error:
             reason = _COLOR.sub("", str(error)).partition("Inner task failed: ")[2] or str(error)
+            which = "cells" if name in STUDIES else f"step {reason.strip('.')}"
             raise PipelineError(
-                f"step {reason.strip('.')} failed, for the reason above; mend it and run again, what is finished is "
-                f"kept. Full log: {log_path}"
+                f"{which} failed, for the reason above; mend it and run again, what is finished is kept. Full log: "
+                f"{log_path}"
             ) from None
         except KeyboardInterrupt:
             _end_steps()
@@ -144,9 +157,8 @@ class _Screen(io.TextIOBase):
         self._screen = screen
         self._log = log
         self._partial = ""
-        self._in_step = False
-        self._in_executor_input = False  # which the executor prints as indented JSON
-        self._started = 0.0
+        self._in_outputs = False  # which kfp.local shows of a step that ended
+        self._running = defaultdict[str, deque[float]](deque)  # when they started; in a loop there are several
 
     def write(self, text: str) -> int:
         *lines, self._partial = (self._partial + text).split("\n")
@@ -161,23 +173,20 @@ class _Screen(io.TextIOBase):
     def _line(self, line: str) -> None:
         self._log.write(line + "\n")
         if started := _STARTED.search(line):
-            self._started = time.monotonic()
+            self._running[started[1]].append(time.monotonic())
             self._show(f"[{started[1]}] starts")
         elif cached := _CACHED.search(line):
             self._show(f"[{cached[1]}] is finished: reused from KFP's cache")
-        elif line.endswith("Streamed logs:"):
-            self._in_step = True
-        elif ended := _ENDED.search(line):
-            self._in_step = False
-            self._show(f"[{ended[1]}] {_OUTCOMES[ended[2]]} {time.monotonic() - self._started:.0f} s")
-        elif line in (_STEP_INDENT + "{", _STEP_INDENT + "}"):
-            self._in_executor_input = line.endswith("{")
-        elif self._is_step_output(line):
-            self._show(line.removeprefix(_STEP_INDENT))
-
-    def _is_step_output(self, line: str) -> bool:
-        indented = line.startswith(_STEP_INDENT) and line.strip() != ""
-        return self._in_step and indented and not self._in_executor_input and not _EXECUTOR_LOG.match(line)
+        elif (ended := _ENDED.search(line)) and self._running[ended[1]]:
+            self._show(
+                f"[{ended[1]}] {_OUTCOMES[ended[2]]} {time.monotonic() - self._running[ended[1]].popleft():.0f} s"
+            )
+        elif _OUTPUTS.search(line) or self._in_outputs:
+            self._in_outputs = not line.strip().startswith("----")
+        elif any(self._running.values()) and line.startswith("    "):  # a step's, the deeper the more loops it is in
+            said = line.strip()
+            if said and not _EXECUTOR.match(said):
+                self._show(said)
 
     def _show(self, line: str) -> None:
         self._screen.write(line + "\n")

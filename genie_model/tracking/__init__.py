@@ -14,6 +14,7 @@ from genie_model.tracking.registry import (
     versions,
 )
 from genie_model.tracking.runs import StepRun, connect, step
+from genie_model.tracking.studies import newest_study, plan, record_report, report
 
 __all__ = [
     "Decision",
@@ -22,9 +23,13 @@ __all__ = [
     "champion",
     "connect",
     "decide",
+    "newest_study",
     "numbered",
+    "plan",
     "promote",
+    "record_report",
     "register",
+    "report",
     "step",
     "versions",
 ]

@@ -5,6 +5,8 @@
     ├── train-tokenizer                 git commit, library versions
     └── ...
 
+A study's run has one such run below it for each of its cells, tagged with study, variant, seed and preset.
+
 A step that was killed and is run again carries on the same child, so its curves stay whole. Where Kubeflow makes the
 runs itself (its MLflow plugin sets MLFLOW_RUN_ID in every pod), that run is adopted instead.
 """
@@ -17,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -33,12 +36,14 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
 from genie_model.config import Config
+from genie_model.describe import sizes
 from genie_model.presets import get_preset
 from genie_model.progress import RUNNER_VARIABLE
 
@@ -50,6 +55,7 @@ _EXPERIMENT_TAGS = {
     "mlflow.note.content": "A run is a pipeline run; its steps are nested below it. Pictures are artifacts of "
     "`evaluate`, curves in `train-tokenizer` and `train-world`.",
 }
+_LOSS = "dynamics/cross_entropy"  # of a step's curves: what Figure 9 plots
 _LIBRARIES = ("genie-platform", "torch", "numpy", "kfp", "mlflow", "procgen-mirror")
 
 
@@ -117,9 +123,15 @@ class StepRun:
                 profile=json.dumps({"episodes": store.num_episodes, "frames": store.num_frames}),
             )
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
-            self.client.set_tag(self.run_id, f"dataset.{split}.digest", store.digest)
+            for run_id in (self.run_id, self.parent_id):
+                self.client.set_tag(run_id, f"dataset.{split}.digest", store.digest)
         no_models: list[LoggedModelInput] = []
         self.client.log_inputs(self.run_id, inputs, no_models)
+
+    def result(self, values: Mapping[str, float]) -> None:
+        """What the whole pipeline run came to: metrics of the run above this step's."""
+        now_ms = int(time.time() * 1000)
+        self.client.log_batch(self.parent_id, [Metric(name, float(value), now_ms, 0) for name, value in values.items()])
 
     def flush(self) -> None:
         """Sends the metrics that wait."""
@@ -138,9 +150,13 @@ def step(
     root_uri: str,
     tracking_uri: str = "",
     experiment: str = "genie",
+    study: Mapping[str, str] | None = None,
     ends_pipeline: bool = False,
 ) -> Iterator[StepRun]:
     """A pipeline step: resolves its config, opens its run, and ends the run with what became of the step.
+
+    `study` is {"name"} for a step of a study, and for one of its cells, as `studies.plan` made it, {"name", "run",
+    "variant"}.
 
     An error of the user's (ValueError, OSError, MLflow's) leaves one line on stderr and exits with 1; its traceback
     goes to the run as error.txt. Ctrl-C and SIGTERM mark the run KILLED and exit with 130.
@@ -150,9 +166,11 @@ def step(
     _end_with_runner()
     try:
         config = get_preset(preset).with_overrides(*overrides)
-        run = _open(connect(tracking_uri), name, config, root_uri, experiment)
+        run = _open(connect(tracking_uri), name, config, root_uri, experiment, study or {})
         yield run
         run.flush()
+        if study and "variant" in study:
+            _tell_cell(run, name)
         _end(run, "FINISHED", parent="FINISHED" if ends_pipeline else None)
     except (ValueError, OSError, MlflowException) as error:
         print(f"[{name}] error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -167,16 +185,22 @@ def step(
         raise
 
 
-def _open(client: MlflowClient, name: str, config: Config, root_uri: str, experiment: str) -> StepRun:
+def _open(
+    client: MlflowClient, name: str, config: Config, root_uri: str, experiment: str, study: Mapping[str, str]
+) -> StepRun:
     if adopted := os.environ.get("MLFLOW_RUN_ID"):
-        parent_id = client.get_run(adopted).data.tags.get("mlflow.parentRunId", adopted)
-        run_id = adopted
+        own = client.get_run(adopted)
+        parent_id, run_id = own.data.tags.get("mlflow.parentRunId", adopted), adopted
         for key, value in _provenance().items():
             client.set_tag(run_id, key, value)
+        if "variant" in study:
+            parent_id = _parent(client, own.info.experiment_id, config, root_uri, study)
+            client.set_tag(run_id, "mlflow.parentRunId", parent_id)
+            client.set_tag(run_id, "genie.step", name)
     else:
         found = client.get_experiment_by_name(experiment)
         experiment_id = found.experiment_id if found else client.create_experiment(experiment, tags=_EXPERIMENT_TAGS)
-        parent_id = _parent(client, experiment_id, config, root_uri)
+        parent_id = _parent(client, experiment_id, config, root_uri, study)
         run_id = _child(client, experiment_id, parent_id, name)
     for started in (parent_id, run_id):
         client.update_run(started, "RUNNING")
@@ -185,18 +209,52 @@ def _open(client: MlflowClient, name: str, config: Config, root_uri: str, experi
     return run
 
 
-def _parent(client: MlflowClient, experiment_id: str, config: Config, root_uri: str) -> str:
-    """The run of this pipeline (same config, same root) that has not ended yet, else a new one."""
-    key = hashlib.sha256(f"{config.digest()} {root_uri}".encode()).hexdigest()[:16]
-    if unfinished := _latest(client, experiment_id, f"tags.`genie.pipeline` = '{key}' and status != 'FINISHED'"):
-        return str(unfinished.info.run_id)
+def _parent(client: MlflowClient, experiment_id: str, config: Config, root_uri: str, study: Mapping[str, str]) -> str:
+    """The run of this pipeline (same config, same root) that has not ended yet, else a new one.
+
+    Of a study there is one for good, which more seeds are added to.
+    """
+    of_study, of_cell = "name" in study, "variant" in study
+    same = " ".join([config.digest(), root_uri, *([study["run"] if of_cell else study["name"]] if of_study else [])])
+    key = hashlib.sha256(same.encode()).hexdigest()[:16]
+    still_open = "" if of_study and not of_cell else " and status != 'FINISHED'"
+    if known := _latest(client, experiment_id, f"tags.`genie.pipeline` = '{key}'{still_open}"):
+        return str(known.info.run_id)
     name = f"{config.name}-{config.digest()[:6]}"
     note = f"Pipeline run of preset **{config.name}** under `{root_uri}`. Its steps are the child runs."
-    tags = {"genie.pipeline": key, "mlflow.note.content": note, **_provenance()}
-    parent = client.create_run(experiment_id, tags=tags, run_name=name)
-    StepRun(client, config, parent.info.run_id, parent.info.run_id).params(config.flat())
+    tags = {"genie.pipeline": key, "preset": config.name, "seed": str(config.seed), **_provenance()}
+    if of_study:
+        name, note = f"{study['name']} at {config.name}", f"Its cells are the child runs, under `{root_uri}`."
+        tags["study"] = study["name"]
+    if of_cell:
+        name, note = f"{study['variant']}, seed {config.seed}", f"A cell of **{study['name']}** under `{root_uri}`."
+        tags |= {"variant": study["variant"], "mlflow.parentRunId": study["run"]}
+    parent = client.create_run(experiment_id, tags=tags | {"mlflow.note.content": note}, run_name=name)
+    run = StepRun(client, config, parent.info.run_id, parent.info.run_id)
+    run.params(config.flat())
     client.log_text(parent.info.run_id, config.to_json(), "config.json")
+    if of_cell:
+        run.result(sizes(config))
     return str(parent.info.run_id)
+
+
+def _tell_cell(run: StepRun, name: str) -> None:
+    """What cells are compared by beside held-out metrics: the memory of a training, and the loss that it ended at."""
+    peak = f"peak_memory_mb_{name.replace('-', '_')}"
+    before = run.client.get_run(run.parent_id).data.metrics.get(peak, 0.0)
+    found = {peak: max(before, _peak_memory_mb())}  # a step that ran again found its work done
+    if curve := run.client.get_metric_history(run.run_id, _LOSS):
+        losses = [point.value for point in sorted(curve, key=lambda point: point.step)]
+        last_fifth = losses[-max(len(losses) // 5, 1) :]
+        found["final_dynamics_cross_entropy"] = sum(last_fifth) / len(last_fifth)
+    run.result(found)
+
+
+def _peak_memory_mb() -> float:
+    """Of the accelerator, else of this process with all its libraries."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _child(client: MlflowClient, experiment_id: str, parent_id: str, name: str) -> str:

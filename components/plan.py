@@ -1,0 +1,26 @@
+"""A study's cells: each variant with each seed."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="genie-platform:0.1.0", install_kfp_package=False)
+def plan(
+    preset: str,
+    overrides: list,
+    root_uri: str,
+    tracking_uri: str,
+    experiment: str,
+    study: dict,
+    seeds: list,
+    variants: list,
+    distinct_tokenizers: bool,
+    data_uri: str = "",
+) -> list:
+    """Returns for each cell its overrides and where it belongs; of distinct tokenizers one cell for each tokenizer."""
+    from genie_model.tracking import plan as plan_cells
+    from genie_model.tracking import step
+
+    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
+    with step("plan", preset, overrides, **where) as run:
+        cells = plan_cells(study["name"], preset, overrides, seeds, variants, distinct_tokenizers, data_uri, run)
+    return cells

@@ -1,0 +1,125 @@
+"""Cells of a study compared: means over seeds with their intervals, a fitted power law, and a page of it all."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from genie_model import pictures
+from genie_model.report import page
+from genie_model.studies import Row, Study
+
+Findings = Mapping[str, Sequence[Mapping[str, float]]]  # variant -> the metrics of each of its seeds
+
+
+class Spread(NamedTuple):
+    """A mean over seeds and the half width of its 95% interval (Student's t); NaN where one seed tells none."""
+
+    mean: float
+    ci95: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) < 2:
+            return cls(float(np.mean(values)), float("nan"))
+        half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+        return cls(float(np.mean(values)), float(half))
+
+    def __str__(self) -> str:
+        shown = _shown(self.mean)
+        return f"{shown} ± {self.ci95:.2g}" if self.ci95 > 1e-6 * abs(self.mean) else shown
+
+
+class PowerLaw(NamedTuple):
+    """y = factor * x ** exponent, and the half width of the exponent's 95% interval; NaN with two points."""
+
+    factor: float
+    exponent: float
+    ci95: float
+
+    @classmethod
+    def fitted(cls, x_N: Sequence[float], y_N: Sequence[float]) -> PowerLaw:
+        """By least squares of the logarithms. Raises ValueError below two sizes."""
+        if len(set(x_N)) < 2:
+            raise ValueError("a power law needs points at two sizes at least")
+        line = stats.linregress(np.log(x_N), np.log(y_N))
+        half = stats.t.ppf(0.975, len(x_N) - 2) * line.stderr if len(x_N) > 2 else float("nan")
+        return cls(float(np.exp(line.intercept)), float(line.slope), float(half))
+
+    def __str__(self) -> str:
+        return f"y = {self.factor:.3g} x^{self.exponent:.3g} (± {self.ci95:.2g})"
+
+
+class Comparison(NamedTuple):
+    """`table` and `paper` are rows, headings first; `notes` are sentences; `pictures` are uint8 (H, W, 3)."""
+
+    title: str
+    table: list[Row]
+    paper: list[Row]
+    notes: list[str]
+    pictures: dict[str, NDArray[np.uint8]]
+
+    def markdown(self) -> str:
+        parts = [f"# {self.title}", _markdown(self.table), *(f"- {note}" for note in self.notes)]
+        return "\n\n".join([*parts[:2], "\n".join(parts[2:]), "## In the paper", _markdown(self.paper)]) + "\n"
+
+    def html(self) -> str:
+        notes = "".join(f"<li>{html.escape(note)}" for note in self.notes)
+        body = f"{_html(self.table)}<ul>{notes}</ul><h2>In the paper</h2>{_html(self.paper)}"
+        return page(self.title, self.pictures, body)
+
+
+def compare(study: Study, found: Findings, notes: Sequence[str] = ()) -> Comparison:
+    """Raises ValueError when no variant has a finished cell."""
+    found = {variant: cells for variant, cells in found.items() if cells}
+    if not found:
+        raise ValueError("no cell of this study has finished: nothing to compare")
+    columns = {
+        name: heading
+        for name, heading in study.columns.items()
+        if any(name in cell for cells in found.values() for cell in cells)
+    }
+    spreads = {
+        variant: {name: Spread.of(values) for name in columns if (values := [c[name] for c in cells if name in c])}
+        for variant, cells in found.items()
+    }
+    table: list[Row] = [("", "seeds", *columns.values())]
+    for variant, spread in spreads.items():
+        table.append((variant, str(len(found[variant])), *(str(spread.get(name, "-")) for name in columns)))
+    drawn = {
+        "comparison": pictures.dot_plots(
+            {
+                heading: {variant: spread[name] for variant, spread in spreads.items() if name in spread}
+                for name, heading in columns.items()
+            }
+        )
+    }
+    notes = list(notes)
+    if study.plot:
+        x, y, beside = study.plot
+        points = {variant: [(c[x], c[y]) for c in cells if x in c and y in c] for variant, cells in found.items()}
+        flat = [point for variant, some in points.items() if not variant.startswith(beside) for point in some]
+        law = PowerLaw.fitted(*zip(*flat, strict=True)) if len({x for x, _ in flat}) > 1 else None
+        if law:
+            notes.append(f"{columns[y]} (y) over {columns[x]} (x) of all sizes: {law}.")
+        drawn["scaling"] = pictures.scatter(points, columns[x], columns[y], law and (law.factor, law.exponent))
+    return Comparison(f"{study.title} ({study.source})", table, list(study.paper), notes, drawn)
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def _html(rows: Sequence[Row]) -> str:
+    head, *body = ("".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
+    return f"<table><tr>{head.replace('<td>', '<th>')}" + "".join(f"<tr>{row}" for row in body) + "</table>"

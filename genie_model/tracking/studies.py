@@ -1,0 +1,130 @@
+"""A study in MLflow: one run, its cells below it, and the report that is made of them alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from genie_model.comparison import Comparison, compare
+from genie_model.progress import summary
+from genie_model.studies import cells, study
+from genie_model.tracking.runs import StepRun
+
+_CELLS = "genie.cells"  # a study's tag: those that were ever asked for
+
+
+class UnfinishedStudyError(ValueError):
+    """Some of its cells failed or are missing; the report says which."""
+
+
+class Reported(NamedTuple):
+    comparison: Comparison
+    run_id: str
+    unfinished: list[str]
+
+
+def plan(
+    name: str,
+    preset: str,
+    overrides: Sequence[str],
+    seeds: Sequence[int],
+    only: Sequence[str],
+    distinct_tokenizers: bool,
+    data_uri: str,
+    run: StepRun,
+) -> list[dict[str, Any]]:
+    """Cells to run, each {"overrides", "study", "data_uri"} for its steps; or one for each of `distinct_tokenizers`.
+
+    Raises ValueError as `studies.cells`.
+    """
+    planned = cells(name, preset, overrides, [int(seed) for seed in seeds], only)
+    known = _planned(run.client.get_run(run.parent_id))
+    asked = [[cell.variant, cell.seed] for cell in planned]
+    run.client.set_tag(run.parent_id, _CELLS, json.dumps(known + [cell for cell in asked if cell not in known]))
+    if distinct_tokenizers:
+        trained = ("data", "tokenizer", "train_tokenizer", "seed")
+        configs = {run.config.with_overrides(*cell.overrides).digest(*trained): cell for cell in reversed(planned)}
+        planned = [cell for cell in planned if cell in configs.values()]
+    summary("plan", ", ".join(f"{cell.variant} (seed {cell.seed})" for cell in planned))
+    return [
+        {
+            "overrides": cell.overrides,
+            "study": {"name": name, "run": run.parent_id, "variant": cell.variant},
+            "data_uri": data_uri,
+        }
+        for cell in planned
+    ]
+
+
+def report(name: str, client: MlflowClient, run_id: str) -> Reported:
+    """Of the study that this run is. Raises ValueError when none of its cells has finished."""
+    newest = dict[tuple[str, int], Run]()
+    own = client.get_run(run_id)
+    below = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.variant != ''"
+    for run in client.search_runs([own.info.experiment_id], below, order_by=["attributes.start_time"]):
+        newest[run.data.tags["variant"], int(run.data.tags["seed"])] = run
+    found = dict[str, list[dict[str, float]]]()
+    unfinished, commits = [], set[str]()
+    for variant, seed in _planned(own):
+        found.setdefault(variant, [])
+        cell = newest.get((variant, seed))
+        if cell and cell.info.status == "FINISHED":
+            found[variant].append(cell.data.metrics)
+            commits.add(cell.data.tags.get("mlflow.source.git.commit", "unknown"))
+        else:
+            status = cell.info.status.lower() if cell else "never started"
+            unfinished.append(f"{variant}, seed {seed}: {status}")
+    notes = [f"Preset {own.data.tags['preset']}; {_budget(own)}. A cell is the mean over seeds ± its 95% interval."]
+    if unfinished:
+        notes.append(f"Not finished, and not in the table: {'; '.join(unfinished)}. The same run again makes them.")
+    if len(commits) > 1:
+        notes.append(f"Cells were made by different code: {', '.join(sorted(c[:8] for c in commits))}.")
+    return Reported(compare(study(name), found, notes), run_id, unfinished)
+
+
+def newest_study(name: str, client: MlflowClient, experiment: str) -> str:
+    """The id of the newest run of that study. Raises ValueError where there is none."""
+    study(name)
+    where = client.get_experiment_by_name(experiment)
+    if where is None:
+        raise ValueError(f"MLflow has no experiment {experiment!r}: name another with --experiment")
+    of_study = f"tags.study = '{name}' and tags.`genie.pipeline` != ''"
+    for run in client.search_runs([where.experiment_id], of_study, order_by=["attributes.start_time DESC"]):
+        if "variant" not in run.data.tags:
+            return str(run.info.run_id)
+    raise ValueError(f"experiment {experiment!r} has no run of {name}: `python -m pipelines run {name}` makes one")
+
+
+def record_report(name: str, run: StepRun) -> Comparison:
+    """Makes the report of the study that `run` is a step of, and keeps it there: page, table, plots and model card.
+
+    Raises UnfinishedStudyError, once it is kept, when a cell has failed.
+    """
+    client, found = run.client, report(name, run.client, run.parent_id)
+    text = found.comparison.markdown()
+    client.log_text(run.parent_id, found.comparison.html(), "report.html")
+    client.log_text(run.parent_id, text, "report.md")
+    for picture, image_HWC in found.comparison.pictures.items():
+        client.log_image(run.parent_id, image_HWC, artifact_file=f"{picture}.png")
+    client.set_tag(run.parent_id, "mlflow.note.content", text)
+    if found.unfinished:
+        raise UnfinishedStudyError(f"not finished: {'; '.join(found.unfinished)}; run the study again to make them")
+    summary("report", f"{found.comparison.title}: {len(found.comparison.table) - 1} variants")
+    return found.comparison
+
+
+def _planned(run: Run) -> list[list[Any]]:
+    """[variant, seed] of all that was ever asked for."""
+    return list(json.loads(run.data.tags.get(_CELLS, "[]")))
+
+
+def _budget(run: Run) -> str:
+    params = run.data.params
+    return ", ".join(
+        f"{params[f'{stage}.steps']} {words} steps of {params[f'{stage}.batch_size']} clips"
+        for stage, words in (("train_tokenizer", "tokenizer"), ("train_world", "world"))
+    )

@@ -1,0 +1,44 @@
+"""What every study runs: one data set, each tokenizer once, every cell on its own, then the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kfp import dsl
+
+from components.collect import collect
+from components.evaluate import evaluate
+from components.plan import plan
+from components.report import report
+from components.train_tokenizer import train_tokenizer
+from components.train_world import train_world
+from pipelines.placement import LARGE, MEDIUM, SMALL, place
+
+
+def run_study(name: str, run: dict[str, Any], seeds: Any, variants: Any) -> Any:
+    """Adds the steps to the pipeline that is being defined; returns the report in Markdown.
+
+    `run` holds preset, overrides, root_uri, tracking_uri and experiment. Cells that share a tokenizer find it trained:
+    no two of them train it at once. A cell that fails fails alone; the others and the report go on.
+    """
+    study = {"name": name}
+    data = place(collect(**run, study=study), MEDIUM, "collect")
+    asked = run | {"study": study, "seeds": seeds, "variants": variants, "data_uri": data.output}
+    tokenizers = place(plan(**asked, distinct_tokenizers=True), SMALL, "plan tokenizers")
+    with dsl.ParallelFor(tokenizers.output, name="tokenizers") as cell:
+        tokenizer = place(train_tokenizer(**_of(cell, run)), LARGE, "train tokenizer")
+    cells = place(plan(**asked, distinct_tokenizers=False).after(tokenizer), SMALL, "plan cells")
+    cells.ignore_upstream_failure()
+    with dsl.ParallelFor(cells.output, name="cells") as cell:
+        tokenizer = place(train_tokenizer(**_of(cell, run)), LARGE, "train tokenizer")
+        trained = train_world(**_of(cell, run), tokenizer_uri=tokenizer.output)
+        world = place(trained, LARGE, "co-train LAM and dynamics")
+        measured = place(evaluate(**_of(cell, run), model_uri=world.output), MEDIUM, "evaluate on held-out levels")
+    made = place(report(**run, study=study).after(measured), SMALL, "report")
+    made.ignore_upstream_failure()
+    return made.outputs["Output"]
+
+
+def _of(cell: Any, run: dict[str, Any]) -> dict[str, Any]:
+    """A step's arguments; the cell brings the data's URI, for kfp.local hands no outer step's output into a loop."""
+    return run | {"overrides": cell.overrides, "study": cell.study, "data_uri": cell.data_uri}

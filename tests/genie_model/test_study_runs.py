@@ -1,0 +1,115 @@
+"""A study in a real MLflow store (SQLite): its cells nest, compare, fail alone and are added to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from genie_model.tracking import newest_study, plan, record_report, report, step
+from genie_model.tracking.studies import UnfinishedStudyError
+
+WHERE = {"root_uri": "here", "tracking_uri": "", "experiment": "studies"}
+
+
+@pytest.fixture(autouse=True)
+def client(tmp_path: Path) -> Iterator[MlflowClient]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+        patch.delenv("MLFLOW_RUN_ID", raising=False)
+        yield MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def planned(seeds: list[int], distinct_tokenizers: bool = False) -> list[dict[str, Any]]:
+    with step("plan", "tiny", **WHERE, study={"name": "lam_inputs"}) as run:
+        return plan("lam_inputs", "tiny", [], seeds, ["pixels", "tokens"], distinct_tokenizers, "data", run)
+
+
+def run_cell(cell: dict[str, Any], delta_psnr: float | None) -> None:
+    """As the components do; None: training fails."""
+    where = {**WHERE, "study": cell["study"]}
+    with step("train-world", "tiny", cell["overrides"], **where) as run:
+        for number in range(10):
+            run.metrics({"dynamics/cross_entropy": 10.0 - number}, number)
+        if delta_psnr is None:
+            raise ValueError("the loss is nan")
+    with step("evaluate", "tiny", cell["overrides"], **where, ends_pipeline=True) as run:
+        run.result({"delta_psnr_t4": delta_psnr or 0.0})
+
+
+def reported() -> str:
+    with step("report", "tiny", **WHERE, study={"name": "lam_inputs"}, ends_pipeline=True) as run:
+        return record_report("lam_inputs", run).markdown()
+
+
+def test_cells_nest_below_their_study_and_carry_what_they_are_compared_by(client: MlflowClient) -> None:
+    for cell, value in zip(planned([0, 1]), (1.0, 2.0, 3.0, 4.0), strict=True):
+        run_cell(cell, value)
+    text = reported()
+    assert "| pixels | 2 | " in text
+    assert "2 ± 13" in text, "pixels: 1 and 3"
+    study_id = newest_study("lam_inputs", client, "studies")
+    cells = client.search_runs([client.get_run(study_id).info.experiment_id], "tags.variant != ''")
+    assert {(run.data.tags["variant"], run.data.tags["seed"]) for run in cells} == {
+        (variant, seed) for variant in ("pixels", "tokens") for seed in "01"
+    }
+    for run in cells:
+        assert run.data.tags["mlflow.parentRunId"] == study_id
+        assert run.data.tags["preset"] == "tiny"
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["final_dynamics_cross_entropy"] == 1.5, "the mean of the last two of ten"
+        assert run.data.metrics["parameters"] > run.data.metrics["parameters_dynamics"] > 0
+        assert run.data.metrics["peak_memory_mb_train_world"] > 10
+    assert client.get_run(study_id).info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(study_id)} >= {"report.html", "report.md", "comparison.png"}
+    assert report("lam_inputs", client, study_id).comparison.markdown() == text, "from MLflow alone"
+
+
+def test_one_cell_of_each_tokenizer() -> None:
+    assert [
+        (cell["study"]["variant"], cell["overrides"][-1]) for cell in planned([0, 1], distinct_tokenizers=True)
+    ] == [
+        ("pixels", "seed=0"),
+        ("pixels", "seed=1"),
+    ]
+
+
+def test_a_cell_that_fails_is_named_and_made_by_the_next_run(
+    client: MlflowClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels, tokens = planned([0])
+    run_cell(pixels, 1.0)
+    with pytest.raises(SystemExit):
+        run_cell(tokens, None)
+    with pytest.raises(SystemExit):
+        reported()
+    assert "not finished: tokens, seed 0: failed" in capsys.readouterr().err
+    study_id = newest_study("lam_inputs", client, "studies")
+    assert client.get_run(study_id).info.status == "FAILED"
+    kept = client.get_run(study_id).data.tags["mlflow.note.content"]
+    assert "tokens, seed 0: failed" in kept
+    assert "| pixels | 1 |" in kept
+    assert report("lam_inputs", client, study_id).unfinished == ["tokens, seed 0: failed"]
+    run_cell(planned([0])[1], 2.0)
+    assert "| tokens | 1 |" in reported()
+    more = planned([0, 1])
+    run_cell(more[2], 3.0)
+    assert newest_study("lam_inputs", client, "studies") == study_id, "seeds are added to the study that is there"
+    assert report("lam_inputs", client, study_id).unfinished == ["tokens, seed 1: never started"]
+
+
+def test_a_study_that_is_not_there_is_named(client: MlflowClient) -> None:
+    with pytest.raises(ValueError, match="no experiment 'studies'"):
+        newest_study("lam_inputs", client, "studies")
+    planned([0])
+    with pytest.raises(ValueError, match="run tokenizers"):
+        newest_study("tokenizers", client, "studies")
+    with pytest.raises(ValueError, match="did you mean"):
+        newest_study("tokeniser", client, "studies")
+    with pytest.raises(ValueError, match="no cell"):
+        report("lam_inputs", client, newest_study("lam_inputs", client, "studies"))
+    assert issubclass(UnfinishedStudyError, ValueError)

@@ -1,0 +1,97 @@
+"""The paper's comparisons as pipelines: what they compile to, and one run at its smallest with kfp.local."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+ROOT = Path(__file__).parents[2]
+STUDIES = ("lam_inputs", "tokenizers", "scaling")
+
+
+def pipelines(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_compiles_with_a_typed_form(study: str, tmp_path: Path) -> None:
+    done = pipelines(
+        "compile", study, "--preset", "demo", "--seeds", "3", "4", "--set", "train_world.steps=9", cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    pipeline = yaml.safe_load((tmp_path / "build" / f"{study}.yaml").read_text())
+    form = pipeline["root"]["inputDefinitions"]["parameters"]
+    assert all(field["description"] for field in form.values())
+    shown = {name: (field["parameterType"], field.get("defaultValue")) for name, field in form.items()}
+    assert shown["seeds"] == ("LIST", [3, 4])
+    assert shown["variants"] == ("LIST", [])
+    assert shown["overrides"] == ("LIST", ["train_world.steps=9"])
+    assert shown["root_uri"][0] == "STRING"
+    cells = pipeline["components"]["comp-for-loop-2"]["dag"]["tasks"]
+    assert list(cells) == ["evaluate", "train-tokenizer-2", "train-world"]
+    report = pipeline["root"]["dag"]["tasks"]["report"]
+    assert report["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}, "whatever becomes of the cells"
+
+
+def test_compiling_a_study_needs_no_torch() -> None:
+    named = ", ".join(f"pipelines.{study}" for study in STUDIES)
+    program = f"import sys, {named}; assert not {{'torch', 'mlflow', 'procgen'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compile", "coinrun", "--seeds", "1"], "--seeds and --variant are for studies"),
+        (["report", "lam_inputs", "--state", "nowhere"], "there is no MLflow store"),
+        (["report", "lam_inputs", "--tracking-uri", "sqlite:///empty.db"], "no experiment 'genie'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = pipelines(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_a_study_runs_cell_by_cell_and_is_reported_from_mlflow_alone(tmp_path: Path) -> None:
+    store = ["--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    asked = ["run", "lam_inputs", "--preset", "tiny", "--variant", "pixels", "--variant", "tokens", "--state", "state"]
+    done = pipelines(*asked, "--seeds", "0", *store, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("[train-world] done in") == 2
+    assert "[report] done in" in done.stdout
+    for noise in ("KFP Executor", '"inputs"', "Output:", "metadata=", "expression selector"):
+        assert noise not in done.stdout
+    (page,) = tmp_path.glob("state/kfp/outputs/*/report/page")
+    assert "data:image/png;base64," in page.read_text()
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("genie")
+    assert experiment is not None
+    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
+    (study,) = (run for run in runs.values() if "mlflow.parentRunId" not in run.data.tags)
+    cells = {run.data.tags["variant"]: run for run in runs.values() if "variant" in run.data.tags}
+    assert set(cells) == {"pixels", "tokens"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in cells.values()} == {study.info.run_id}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for cell in cells.values():
+        assert {"delta_psnr_t4", "fvd_random3d", "final_dynamics_cross_entropy"} <= set(cell.data.metrics)
+        assert len(cell.data.tags["dataset.eval.digest"]) >= 32
+        assert "mlflow.source.git.commit" in cell.data.tags
+
+    made = pipelines("report", "lam_inputs", *store, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "| tokens | 1 |" in made.stdout
+    assert (tmp_path / "build" / "lam_inputs.md").read_text() in made.stdout
+    assert "data:image/png;base64," in (tmp_path / "build" / "lam_inputs.html").read_text()
+
+    again = pipelines(*asked, "--seeds", "0", *store, cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "done in" not in again.stdout
+    assert len(client.search_runs([experiment.experiment_id])) == len(runs)
