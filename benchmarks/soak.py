@@ -4,7 +4,8 @@
 
 Players come and go: they step, look back, branch, ask for animations and previews, upload junk, send nonsense, delete
 their session, leave it, or hang up in the middle of a frame. Ends with status 1 after an answer of 5xx other than 503
-("busy"), after a step that was lost or taken twice, or when memory grew by more than 3% after the first third.
+("busy"), after a step that was lost or taken twice, or when memory grew: the median of its last third lies more than
+3% above that of its second (beside it are the peaks, which rise and fall with what comes together).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import collections
 import http.client
 import json
 import random
+import statistics
 import subprocess
 import sys
 import threading
@@ -133,9 +135,13 @@ def main() -> None:
         process.terminate()
         process.wait(timeout=30)
     third = len(memory) // 3
-    early, late = max(memory[third : 2 * third], default=0), max(memory[2 * third :], default=0)
+    thirds = memory[third : 2 * third], memory[2 * third :]
+    (early, late), peaks = (statistics.median(one) for one in thirds), [max(one) for one in thirds]
     print(", ".join(f"{what}: {count}" for what, count in sorted(seen.items())))
-    print(f"memory: at most {early:.0f} MB in the second third, {late:.0f} MB in the last ({late / early - 1:+.1%})")
+    print(
+        f"memory: {early:.0f} MB in the second third, {late:.0f} MB in the last ({late / early - 1:+.1%}); "
+        f"at most {peaks[0]:.0f} and {peaks[1]:.0f} MB"
+    )
     if late > 1.03 * early:
         wrong.append("memory grew by more than 3%")
     for what in wrong:

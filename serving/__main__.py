@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import logging
-import platform
 import socket
 import sys
 
@@ -25,7 +23,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = CliApp.run(Settings, cli_args=sys.argv[1:] if arguments is None else arguments)
         set_up_logs(settings)
-        give_back_large_buffers()
         listener = bind(settings.host, settings.port)  # before the model loads: a port in use shows at once
         app = create_app(settings)
         if not settings.wait:
@@ -42,18 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     return 0 if server.started else 1
-
-
-def give_back_large_buffers() -> None:
-    """Lets glibc return buffers from 2 MB on to the kernel as soon as they are freed.
-
-    By itself it learns to keep what is freed. The worlds of many players, some MB a tensor and of another size whenever
-    one comes or goes, would then tear holes into the heaps of all threads, and memory would jump by tens of MB.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc, m_trim_threshold, m_mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -3
-        libc.mallopt(m_mmap_threshold, 2 << 20)
-        libc.mallopt(m_trim_threshold, 64 << 20)  # of what a pass needs nothing is returned between passes
 
 
 def set_up_logs(settings: Settings) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
+import platform
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -150,6 +152,7 @@ def folder_digest(uri: str) -> str:
 def load(version: ModelVersion) -> LoadedModel:
     """Raises ValueError when the folder holds no whole model."""
     genie = load_model(version.folder)
+    give_back_large_buffers()
     return LoadedModel(
         genie=genie,
         info=ModelInfo(
@@ -163,6 +166,18 @@ def load(version: ModelVersion) -> LoadedModel:
         folder=version.folder,
         start_frames=_read_start_frames(version.folder),
     )
+
+
+def give_back_large_buffers() -> None:
+    """Lets glibc return buffers from 2 MB on to the kernel once they are freed, though `load_model` had it keep all.
+
+    Worlds of many players are tensors of some MB, of another size whenever a player comes or goes: kept, they would
+    tear holes into the heap, which would grow for hours. What a pass needs beside them is kept.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc, m_trim_threshold, m_mmap_threshold = ctypes.CDLL("libc.so.6"), -1, -3
+        libc.mallopt(m_mmap_threshold, 2 << 20)
+        libc.mallopt(m_trim_threshold, 64 << 20)
 
 
 def warm(model: LoadedModel) -> None:
