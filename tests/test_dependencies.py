@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = ("genie_model", "components", "pipelines", "serving", "benchmarks")
+LIBRARY = ("genie_model", "components", "pipelines", "serving", "benchmarks", "examples")
 OWN = {*LIBRARY, "tests"}
 
 
