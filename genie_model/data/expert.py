@@ -103,16 +103,10 @@ def collect_demonstrations(
     uri = f"{root_uri.rstrip('/')}/datasets/coinrun-expert-{mode}-{digest}"
     shards = [levels[begin : begin + levels_per_shard] for begin in range(0, num_levels, levels_per_shard)]
     missing = missing_shards(uri, len(shards))
-    with bar(desc="collect expert", unit="level", total=sum(len(shards[shard]) for shard in missing)) as progress:
-        for shard in missing:
-            found = solve(shards[shard], mode, budget, progress.update)
-            solved = {n: way.actions for n, way in zip(shards[shard], found, strict=True) if way.actions is not None}
-            episodes = [compress(frames_THWC) for frames_THWC in _replay(solved, mode)]
-            truth = {
-                "level_seed": np.array([*solved], np.int64),
-                "action": np.concatenate([np.empty(0, np.int32), *solved.values()]),
-            }
-            write_shard(uri, shard, episodes, FRAME_SHAPE, truth)
+    if missing:
+        with bar(desc="collect expert", unit="level", total=sum(len(shards[shard]) for shard in missing)) as progress:
+            for shard in missing:
+                _collect_shard(uri, shard, shards[shard], mode, budget, progress.update)
     if missing or not has_index(uri):
         meta: Meta = {"source": "coinrun", "split": "train", "frame_shape": list(FRAME_SHAPE), "data": data}
         write_index(uri, len(shards), meta)
@@ -122,6 +116,19 @@ def collect_demonstrations(
     log.params({"demonstrations_uri": uri, "demonstrations_digest": store.digest})
     log.metrics({"demonstrations_solved": store.num_episodes / num_levels, "demonstrations_frames": store.num_frames})
     return uri
+
+
+def _collect_shard(
+    uri: str, shard: int, levels: range, mode: Mode, budget: int, advance: Callable[[int], object]
+) -> None:
+    found = zip(levels, solve(levels, mode, budget, advance), strict=True)
+    solved = {level: solution.actions for level, solution in found if solution.actions is not None}
+    episodes = [compress(frames_THWC) for frames_THWC in _replay(solved, mode)]
+    truth = {
+        "level_seed": np.array([*solved], np.int64),
+        "action": np.concatenate([np.empty(0, np.int32), *solved.values()]),
+    }
+    write_shard(uri, shard, episodes, FRAME_SHAPE, truth)
 
 
 class _Node(NamedTuple):
@@ -233,7 +240,7 @@ def _replay(ways: dict[int, NDArray[np.int32]], mode: Mode) -> list[NDArray[np.u
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 2 after one line for what cannot be."""
-    parser = argparse.ArgumentParser(prog="python -m genie_model.data.expert", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m genie_model.data.expert", description=__doc__)
     parser.add_argument("--levels", type=int, default=100, help="held-out levels (default: 100)")
     parser.add_argument("--mode", default="hard", help=f"one of {', '.join(get_args(Mode))} (default: hard)")
     parser.add_argument("--budget", type=int, default=BUDGET, help=f"simulator steps per level (default: {BUDGET})")
