@@ -6,13 +6,12 @@ import hashlib
 
 import numpy as np
 import torch
-import zstandard
 from numpy.typing import NDArray
 from safetensors.torch import save as save_tensors
 
 from genie_model.backend import native
 from genie_model.config import Config
-from genie_model.data.shards import CHUNK_FRAMES, Episode, missing_shards, write_index, write_shard
+from genie_model.data.shards import compress, missing_shards, write_index, write_shard
 from genie_model.data.store import VideoStore
 from genie_model.progress import bar, summary
 from genie_model.source import code_digest
@@ -39,7 +38,7 @@ def tokens_of(config: Config, store: VideoStore, tokenizer: VideoTokenizer, root
     with bar(desc="tokenize", unit="frame", total=sum(_frames(store, shard, clip) for shard in missing)) as progress:
         for shard in missing:
             codes = _encode(store, shard, tokenizer, clip, precision)
-            episodes = [_compress(codes_TNC) for codes_TNC in codes]
+            episodes = [compress(codes_TNC) for codes_TNC in codes]
             write_shard(uri, shard, episodes, frame_shape, truth={})
             progress.update(_frames(store, shard, clip))
     write_index(uri, store.num_shards, {**store.meta, "source": "tokens", "frame_shape": list(frame_shape)})
@@ -70,11 +69,3 @@ def _encode(
             codes_BTNC = tokenizer.encode(native.to_unit_frames(batch_BTHWC))
         found.append(codes_BTNC.flatten(0, 1).cpu().numpy().astype("<u2"))
     return np.split(np.concatenate(found), np.cumsum(counts)[:-1] * clip)
-
-
-def _compress(codes_TNC: NDArray[np.uint16]) -> Episode:
-    compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
-    starts = range(0, len(codes_TNC), CHUNK_FRAMES)
-    return Episode(
-        len(codes_TNC), CHUNK_FRAMES, [compressor.compress(codes_TNC[i : i + CHUNK_FRAMES].tobytes()) for i in starts]
-    )

@@ -31,8 +31,9 @@ from genie_model.data.store import VideoStore
 from genie_model.progress import NoLog, RunLog, bar, summary
 
 notices.notices.clear()  # gym's advertisement for its successor, printed at import; real warnings still show
-from procgen import ProcgenGym3Env  # noqa: E402
+from procgen import ProcgenGym3Env as ProcgenGym3Env  # noqa: E402  # for the types of others
 
+Mode = Literal["easy", "hard"]  # Procgen's distribution_mode
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, Split] = ("train", "eval")
 NUM_ACTIONS = 15
@@ -159,7 +160,7 @@ def _start_shard(
                 # After the step that ends an episode Procgen already shows, and flags, the first frame of the next one.
                 _, observation, first_NT[:, t] = env.observe()
                 if split == "eval":
-                    agent_NT4[:, t] = [_agent(state) for state in env.callmethod("get_state")]
+                    agent_NT4[:, t] = [agent(state) for state in env.callmethod("get_state")]
                 if t + 1 < steps:
                     env.act(action_NT[:, t])  # the simulator's threads step on while this one copies the frames
                 block_NTHWC[:, t - start] = observation["rgb"]
@@ -203,9 +204,9 @@ def _compress(block_NTHWC: NDArray[np.uint8], first_NT: NDArray[np.bool_]) -> li
     ]
 
 
-def simulator(num: int) -> ProcgenGym3Env:
+def simulator(num: int, mode: Mode = "hard") -> ProcgenGym3Env:
     return ProcgenGym3Env(
-        num=num, env_name="coinrun", distribution_mode="hard", num_threads=min(os.cpu_count() or 1, num), rand_seed=0
+        num=num, env_name="coinrun", distribution_mode=mode, num_threads=min(os.cpu_count() or 1, num), rand_seed=0
     )
 
 
@@ -225,7 +226,7 @@ def enter_levels(env: ProcgenGym3Env, seeds: Sequence[int]) -> None:
         raise RuntimeError(f"Procgen entered levels {entered} instead of {list(seeds)}: its state format has changed")
 
 
-def _agent(state: bytes) -> tuple[float, float, float, float]:
+def agent(state: bytes) -> tuple[float, float, float, float]:
     """The agent's x, y (grid cells, y upwards), vx, vy (cells per step), read from a state that Procgen saved."""
     position = _RANDOM_GENERATORS
     for _ in range(2):  # each: a flag, a length, and that many bytes of text

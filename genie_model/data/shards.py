@@ -22,6 +22,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import zstandard
 from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
@@ -84,6 +85,15 @@ class Episode:
     num_frames: int
     first_chunk: int
     chunks: Sequence[bytes]
+
+
+def compress(frames: NDArray[np.generic]) -> Episode:
+    """A whole episode of frames (T, ...), cut at every multiple of CHUNK_FRAMES. Each chunk carries its checksum."""
+    compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
+    starts = range(0, len(frames), CHUNK_FRAMES)
+    return Episode(
+        len(frames), CHUNK_FRAMES, [compressor.compress(frames[i : i + CHUNK_FRAMES].tobytes()) for i in starts]
+    )
 
 
 def write_shard(
