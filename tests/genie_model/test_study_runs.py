@@ -113,3 +113,19 @@ def test_a_study_that_is_not_there_is_named(client: MlflowClient) -> None:
     with pytest.raises(ValueError, match="no cell"):
         report("lam_inputs", client, newest_study("lam_inputs", client, "studies"))
     assert issubclass(UnfinishedStudyError, ValueError)
+
+
+def test_runs_that_kubeflow_made_nest_below_their_cell(client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = client.create_experiment("kubeflow")
+    pipeline = client.create_run(experiment, run_name="pipeline").info.run_id
+    made = client.create_run(experiment, tags={"mlflow.parentRunId": pipeline}, run_name="train-world").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    where = {**WHERE, "study": {"name": "lam_inputs", "run": pipeline, "variant": "tokens"}}
+    with step("train-world", "tiny", ["seed=4"], **where) as run:
+        run.metrics({"dynamics/cross_entropy": 2.0})
+    assert run.run_id == made
+    cell = client.get_run(run.parent_id)
+    assert client.get_run(made).data.tags["mlflow.parentRunId"] == cell.info.run_id
+    assert cell.data.tags["mlflow.parentRunId"] == pipeline
+    assert (cell.data.tags["variant"], cell.data.tags["seed"]) == ("tokens", "4")
+    assert cell.data.metrics["final_dynamics_cross_entropy"] == 2.0
