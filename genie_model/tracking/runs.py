@@ -191,7 +191,7 @@ def _open(
     if adopted := os.environ.get("MLFLOW_RUN_ID"):
         own = client.get_run(adopted)
         parent_id, run_id = own.data.tags.get("mlflow.parentRunId", adopted), adopted
-        for key, value in _provenance().items():
+        for key, value in _provenance(study).items():
             client.set_tag(run_id, key, value)
         if "variant" in study:
             parent_id = _parent(client, own.info.experiment_id, config, root_uri, study)
@@ -201,7 +201,7 @@ def _open(
         found = client.get_experiment_by_name(experiment)
         experiment_id = found.experiment_id if found else client.create_experiment(experiment, tags=_EXPERIMENT_TAGS)
         parent_id = _parent(client, experiment_id, config, root_uri, study)
-        run_id = _child(client, experiment_id, parent_id, name)
+        run_id = _child(client, experiment_id, parent_id, name, study)
     for started in (parent_id, run_id):
         client.update_run(started, "RUNNING")
     run = StepRun(client, config, run_id, parent_id)
@@ -222,13 +222,13 @@ def _parent(client: MlflowClient, experiment_id: str, config: Config, root_uri: 
         return str(known.info.run_id)
     name = f"{config.name}-{config.digest()[:6]}"
     note = f"Pipeline run of preset **{config.name}** under `{root_uri}`. Its steps are the child runs."
-    tags = {"genie.pipeline": key, "preset": config.name, "seed": str(config.seed), **_provenance()}
+    tags = {"genie.pipeline": key, "preset": config.name, **_provenance(study)}
     if of_study:
         name, note = f"{study['name']} at {config.name}", f"Its cells are the child runs, under `{root_uri}`."
         tags["study"] = study["name"]
     if of_cell:
         name, note = f"{study['variant']}, seed {config.seed}", f"A cell of **{study['name']}** under `{root_uri}`."
-        tags |= {"variant": study["variant"], "mlflow.parentRunId": study["run"]}
+        tags |= {"variant": study["variant"], "seed": str(config.seed), "mlflow.parentRunId": study["run"]}
     parent = client.create_run(experiment_id, tags=tags | {"mlflow.note.content": note}, run_name=name)
     run = StepRun(client, config, parent.info.run_id, parent.info.run_id)
     run.params(config.flat())
@@ -257,11 +257,11 @@ def _peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def _child(client: MlflowClient, experiment_id: str, parent_id: str, name: str) -> str:
+def _child(client: MlflowClient, experiment_id: str, parent_id: str, name: str, study: Mapping[str, str]) -> str:
     same = f"tags.`mlflow.parentRunId` = '{parent_id}' and tags.`genie.step` = '{name}'"
     if started := _latest(client, experiment_id, same):
         return str(started.info.run_id)
-    tags = {"mlflow.parentRunId": parent_id, "genie.step": name, **_provenance()}
+    tags = {"mlflow.parentRunId": parent_id, "genie.step": name, **_provenance(study)}
     return str(client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
 
 
@@ -270,11 +270,11 @@ def _latest(client: MlflowClient, experiment_id: str, filter_string: str) -> Run
     return runs[0] if runs else None
 
 
-def _provenance() -> dict[str, str]:
+def _provenance(study: Mapping[str, str]) -> dict[str, str]:
     """Where a run's code came from: git commit, library versions, machine."""
     tags = {f"version.{library}": importlib.metadata.version(library) for library in _LIBRARIES}
     tags |= {"version.python": platform.python_version(), "mlflow.user": _user()}
-    tags |= {"mlflow.source.name": "pipelines/coinrun.py", "mlflow.source.type": "PROJECT"}
+    tags |= {"mlflow.source.name": f"pipelines/{study.get('name', 'coinrun')}.py", "mlflow.source.type": "PROJECT"}
     if commit := _git_commit():
         tags["mlflow.source.git.commit"] = commit
     return tags
