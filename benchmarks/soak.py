@@ -2,10 +2,11 @@
 
     python -m benchmarks.soak MODEL_FOLDER [--minutes 30] [--players 8]
 
-Players come and go: they step, look back, branch, ask for animations and previews, upload junk, send nonsense, delete
-their session, leave it, or hang up in the middle of a frame. Ends with status 1 after an answer of 5xx other than 503
-("busy"), after a step that was lost or taken twice, or when memory grew: the median of its last third lies more than
-3% above that of its second (beside it are the peaks, which rise and fall with what comes together).
+Players come and go: they step, over HTTP and over WebSockets, look back, branch, ask for animations and previews, send
+junk and nonsense, delete their session, leave it, or hang up in the middle of a frame. Ends with status 1 after an
+answer of 5xx other than 503 ("busy"), after a step that was lost or taken twice, when the service or a player broke
+down, or when memory grew: the median of its last third lies more than 3% above that of its second (beside it are the
+peaks, which rise and fall with what comes together).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 import urllib.parse
 
 import psutil
+from websockets.sync.client import connect
 
 from genie_model.progress import bar
 
@@ -52,8 +54,34 @@ class Player:
         self.connection.close()
 
     def play(self, end: float) -> None:
-        while time.monotonic() < end and not self.wrong:
-            self.session(end)
+        try:
+            while time.monotonic() < end and not self.wrong:
+                self.session(end)
+        except Exception as error:  # no answer, or one that cannot be read
+            self.wrong.append(f"a player broke down: {error!r}")
+
+    def live(self, here: str, steps: int, num_actions: int) -> int:
+        """A few steps over a WebSocket, which may be left in the middle of one; how many there are then."""
+        with connect(f"ws://{self.address}{here}/play", compression=None) as socket:
+            self.expect(here, steps, _step_of(socket.recv(60)))
+            for _ in range(self.random.randrange(1, 20)):
+                step = json.dumps({"action": self.random.randrange(num_actions), "step": steps + 1})
+                socket.send(step)
+                if self.random.random() < 0.05:
+                    break
+                steps += 1
+                self.expect(here, steps, _step_of(socket.recv(60)))
+                self.seen["WS step"] += 1
+            else:
+                return steps
+        status, text = self.ask("POST", f"{here}/step", step)  # whether it was taken or not
+        if status != 200:
+            self.wrong.append(f"step {steps + 1}, sent again: {status} {text[:200]!r}")
+        return steps + 1
+
+    def expect(self, here: str, steps: int, found: int) -> None:
+        if found != steps:
+            self.wrong.append(f"{here} does not stand at step {steps}, but at {found}")
 
     def session(self, end: float) -> None:
         if self.random.random() < 0.2:
@@ -83,15 +111,17 @@ class Player:
                 status, text = self.ask("POST", f"{here}/branch", json.dumps({"t": self.random.randrange(steps + 1)}))
                 if status == 201:
                     self.ask("DELETE", f"/v1/sessions/{json.loads(text)['id']}")
-            elif whim < 0.09:
+            elif whim < 0.10:
+                steps = self.live(here, steps, session["model"]["num_actions"])
+                continue
+            elif whim < 0.11:
                 self.ask("POST", f"{here}/step", self.random.choice(('{"action": 99}', '{"action": "x"}', "[", "{}")))
             status, text = self.ask("POST", f"{here}/step", body)
             if status != 200:
                 self.wrong.append(f"step {steps + 1}: {status} {text[:200]!r}")
                 return
             steps += 1
-        if json.loads(self.ask("GET", here)[1])["steps"] != steps:
-            self.wrong.append(f"{here} does not stand at step {steps}")
+        self.expect(here, steps, json.loads(self.ask("GET", here)[1])["steps"])
         if self.random.random() < 0.7:
             self.ask("DELETE", here)
 
@@ -99,6 +129,12 @@ class Player:
         junk = self.random.choice(_JUNK)
         head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
         self.ask("POST", "/v1/sessions", head + junk + b"\r\n--x--\r\n", "multipart/form-data; boundary=x")
+
+
+def _step_of(frame: str | bytes) -> int:
+    if isinstance(frame, str):
+        raise ValueError(f"not a frame but {frame[:200]}")
+    return int(json.loads(frame[4 : 4 + int.from_bytes(frame[:4], "little")])["step"])
 
 
 def main() -> None:
@@ -129,6 +165,9 @@ def main() -> None:
         while any(thread.is_alive() for thread in threads) and not wrong:
             time.sleep(1)
             seconds.update(1)
+            if process.poll() is not None:
+                wrong.append(f"the service ended with status {process.returncode}")
+                break
             memory.append(psutil.Process(process.pid).memory_info().rss / 2**20)
         seconds.close()
     finally:

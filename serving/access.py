@@ -26,7 +26,9 @@ _SAFE = re.compile(rb"[\w.:-]{1,64}")  # what a proxy may have given; anything e
 
 
 class Access:
-    """Counts and logs answers. A request keeps the X-Request-ID that it came with, and its answer carries it.
+    """Counts and logs answers, a WebSocket once it is closed.
+
+    A request keeps the X-Request-ID that it came with, and its answer carries it.
 
     What the application did not expect is logged with the request's number, and answered with it.
     """
@@ -36,7 +38,7 @@ class Access:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         given = dict(scope["headers"]).get(_HEADER, b"")
@@ -46,22 +48,27 @@ class Access:
 
         async def numbered(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
+            if message["type"].endswith("http.response.start"):  # a WebSocket may be refused so, too
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), (_HEADER, request_id), *always]
+            elif message["type"] == "websocket.accept":
+                status = 101
+                message["headers"] = [*message.get("headers", []), (_HEADER, request_id)]
+            elif message["type"] == "websocket.close":
+                status = message.get("code", 1000)
             await send(message)
 
         try:
             await self.app(scope, receive, numbered)
         except Exception:
             route = _route(scope)
-            log.exception("%s %s failed", scope["method"], route, extra={"request_id": request_id.decode()})
+            log.exception("%s %s failed", _method(scope), route, extra={"request_id": request_id.decode()})
             if not status:
                 error = ServiceError("the service failed; its log says why, beside this answer's X-Request-ID")
                 await answer(error)(scope, receive, numbered)
         finally:
             route = _route(scope)
-            method = scope["method"] if scope["method"] in _METHODS else "other"
+            method = _method(scope)
             self.metrics.answers.labels(method, route, status).inc()
             log.info(
                 "%s %s %d",
@@ -76,6 +83,12 @@ class Access:
                     "milliseconds": round(1e3 * (time.perf_counter() - began), 1),
                 },
             )
+
+
+def _method(scope: Scope) -> str:
+    if scope["type"] == "websocket":
+        return "WS"
+    return scope["method"] if scope["method"] in _METHODS else "other"
 
 
 def _route(scope: Scope) -> str:

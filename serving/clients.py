@@ -9,7 +9,7 @@ import ipaddress
 import math
 import time
 import tomllib
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.errors import (
     BadRequestError,
+    ForeignPageError,
     ServiceError,
     TooManyConnectionsError,
     TooManyRequestsError,
@@ -82,7 +83,6 @@ class Clients:
         self._settings = settings
         self._keys = read_keys(settings.api_keys) if settings.api_keys else None
         self._limiter = FixedWindowRateLimiter(MemoryStorage())
-        self.connections: Sized = ()  # that are open: the server knows
 
     def of(self, authorization: str, address: str) -> Client:
         """Raises UnauthorizedError where keys are asked for and this is none."""
@@ -98,12 +98,6 @@ class Clients:
                     steps if key.steps_per_minute is None else key.steps_per_minute,
                 )
         raise UnauthorizedError("this service asks for an API key: send it as Authorization: Bearer KEY")
-
-    def count_connections(self) -> None:
-        """Raises TooManyConnectionsError."""
-        most = self._settings.max_connections
-        if len(self.connections) > most:
-            raise TooManyConnectionsError(f"{most} connections are open: try again later")
 
     def count_steps(self, client: Client, steps: int) -> None:
         """Raises TooManyRequestsError, which says when there is room again; BadRequestError where there never is."""
@@ -135,18 +129,15 @@ class Door:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        if scope["type"] == "websocket" and not self._of_this_page(headers):
-            await send({"type": "websocket.close", "code": 4403})
-            return
         try:
-            self.clients.count_connections()
+            if refused := scope.get("state", {}).get("refused"):
+                raise TooManyConnectionsError(refused)
+            if scope["type"] == "websocket" and not self._of_this_page(headers):
+                raise ForeignPageError("this page is not the service's: name its site in --cors-origins")
             address = scope["client"][0] if scope.get("client") else ""
             scope.setdefault("state", {})["client"] = self.clients.of(headers.get("authorization", ""), address)
         except ServiceError as error:
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 4000 + error.status})
-            else:
-                await answer(error)(scope, receive, send)
+            await answer(error)(scope, receive, send)
             return
         await self.app(scope, receive, send)
 

@@ -121,11 +121,14 @@ class Engine:
         return await asyncio.shield(opening)
 
     async def session_now(self, session_id: str, client: Client) -> Session:
-        """As `session`, and where another process went on with it, as that left it."""
+        """As `session`, and where another process went on with it, as that left it. Raises SlowStepError too."""
         session = await self.session(session_id, client)
-        if not session.lock.locked():  # else it is here that it goes on
-            async with session.lock:
-                await self._look(session)
+        if not session.lock.locked():  # else it is in use here
+            try:
+                async with asyncio.timeout(self._settings.max_step_seconds), session.lock:
+                    await self._look(session)
+            except TimeoutError:
+                raise SlowStepError("others were served first: send it again") from None
         return await self.session(session_id, client)
 
     async def _look(self, session: Session) -> None:
@@ -200,13 +203,28 @@ class Engine:
         self._sessions[session.id] = session
         return session
 
-    async def step(self, session: Session, actions: list[int], expected: int | None = None) -> tuple[int, Pixels]:
-        """Takes the actions, one after another; returns the steps so far and the frame they led to, (H, W, 3).
+    async def step(
+        self, session_id: str, actions: list[int], client: Client, expected: int | None = None
+    ) -> tuple[Session, int, Pixels]:
+        """Takes the actions, one after another: the session, its steps by then, and the frame (H, W, 3) they led to.
 
         `expected` is the number that the first of them is to get. Sent again after a lost answer, no step is taken
-        twice: what was taken already counts, the rest is taken. Raises BadRequestError, TooManyRequestsError, and
-        SessionMovedError where the session stands elsewhere, or came there by other actions.
+        twice, whichever process took it: what was taken already counts, the rest is taken. Raises UnknownSessionError,
+        BadRequestError, TooManyRequestsError, and SessionMovedError where the session stands elsewhere, or came there
+        by other actions.
         """
+        session = await self.session(session_id, client)
+        if expected not in (None, session.steps + 1):
+            session = await self.session_now(session_id, client)
+        try:
+            return session, *await self._step(session, actions, expected)
+        except SessionMovedError:
+            if expected is None or self._is_open(session):
+                raise
+        session = await self.session(session_id, client)  # as another process left it
+        return session, *await self._step(session, actions, expected)
+
+    async def _step(self, session: Session, actions: list[int], expected: int | None) -> tuple[int, Pixels]:
         num_actions = session.model.info.num_actions
         for action in actions:
             if not 0 <= action < num_actions:
@@ -222,7 +240,6 @@ class Engine:
                     raise SessionMovedError(ELSEWHERE)
                 taken = 0 if expected is None else session.steps + 1 - expected
                 if taken and not (0 < taken <= len(actions) and await self._took(session, actions[:taken])):
-                    await self._look(session)
                     raise SessionMovedError(f"this is not step {expected} again, and step {session.steps + 1} is next")
                 if session.world is None:  # a window of frames to compute: others step meanwhile
                     await self._wake(session)
@@ -235,13 +252,15 @@ class Engine:
             session.waiting -= 1
 
     async def _wake(self, session: Session) -> None:
-        pieces = self._keeper.waking(session)
         try:
             with self._in_store(session):
-                while await self._worker.run_behind(partial(next, pieces, "awake")) is None:
-                    pass
+                await self._in_pieces(self._keeper.waking(session))
         except UnknownSessionError:
             raise SessionMovedError(ELSEWHERE) from None
+
+    async def _in_pieces(self, work: Iterator[None]) -> None:
+        while await self._worker.run_behind(partial(next, work, "done")) is None:
+            pass
 
     async def _took(self, session: Session, actions: list[int]) -> bool:
         """Were these the session's last actions?"""
@@ -330,10 +349,10 @@ class Engine:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {t}")
         with self._place(client):
             (frame_HWC,) = await self.frames(session, t, t + 1)
-            copied = partial(self._keeper.branch, session, t, frame_HWC, secrets.token_urlsafe(12))
+            of_session = session.model, session.seed, session.sampling, frame_HWC
+            branch = Session(secrets.token_urlsafe(12), *of_session, steps=t, owner=client.name)
             with self._in_store(session):
-                branch = await self._worker.run_behind(copied)
-        branch.owner = client.name
+                await self._in_pieces(self._keeper.branching(session, branch))
         self._sessions[branch.id] = branch
         return branch
 

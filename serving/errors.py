@@ -30,6 +30,10 @@ class UnauthorizedError(ServiceError):
         self.headers = {"WWW-Authenticate": 'Basic realm="Genie", charset="UTF-8", Bearer'}
 
 
+class ForeignPageError(ServiceError):
+    status, code = 403, "foreign_page"
+
+
 class UnknownSessionError(ServiceError):
     status, code = 404, "unknown_session"
 

@@ -98,8 +98,7 @@ async def answer(
     try:
         asked, began = StepRequest.model_validate_json(text), time.perf_counter()
         clients.count_steps(client, len(asked.taken))
-        session = await engine.session(session_id, client)
-        steps, frame_HWC = await engine.step(session, asked.taken, asked.step)
+        session, steps, frame_HWC = await engine.step(session_id, asked.taken, client, asked.step)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']}" for e in error.errors())
         return problem(BadRequestError.status, BadRequestError.code, wrong)

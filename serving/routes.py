@@ -17,7 +17,7 @@ from genie_model.config import SamplingConfig
 from serving import images
 from serving.clients import Client, Clients
 from serving.engine import Engine
-from serving.errors import BadRequestError, ServiceError, UnknownStartFrameError
+from serving.errors import BadRequestError, ServiceError, UnknownStartFrameError, UploadTooLargeError
 from serving.images import (
     Animation,
     Pixels,
@@ -98,15 +98,10 @@ SessionId = Annotated[str, Path(description="as POST /v1/sessions gave it", exam
 
 
 async def get_session(session_id: SessionId, engine: EngineDep, client: ClientDep) -> Session:
-    return await engine.session(session_id, client)
-
-
-async def get_session_now(session_id: SessionId, engine: EngineDep, client: ClientDep) -> Session:
     return await engine.session_now(session_id, client)
 
 
 SessionDep = Annotated[Session, Depends(get_session)]
-SessionNowDep = Annotated[Session, Depends(get_session_now)]
 
 
 @health.get("/healthz", responses={500: _PROBLEM})
@@ -240,7 +235,7 @@ async def get_prompt(
         elif image_url is not None:
             frame_HWC = await run_in_threadpool(frame_from_data_url, image_url, *size, settings.max_upload_pixels)
         else:
-            upload = await image.read() if image else _start_frame(model, start_frame or "")
+            upload = await _read(image, settings) if image else _start_frame(model, start_frame or "")
             frame_HWC = await run_in_threadpool(frame_from_upload, upload, *size, settings.max_upload_pixels)
     return Prompt(model, frame_HWC, seed, sampling)
 
@@ -297,7 +292,7 @@ async def infer_actions(
     clip, size = [], (model.info.frame_height, model.info.frame_width)
     for frame in frames:
         async with engine.decoding.turn(client):  # others' pictures in between
-            upload = await frame.read()
+            upload = await _read(frame, settings)
             clip.append(await run_in_threadpool(frame_from_upload, upload, *size, settings.max_upload_pixels))
     return InferredActions(model=model.info, actions=await engine.infer(model, np.stack(clip)))
 
@@ -309,24 +304,25 @@ async def models(engine: EngineDep) -> list[ModelVersionInfo]:
 
 
 @v1.get("/sessions/{session_id}")
-async def get_session_info(session: SessionNowDep) -> SessionInfo:
+async def get_session_info(session: SessionDep) -> SessionInfo:
+    """Where the session stands, and what it plays."""
     return session.info()
 
 
 @v1.get("/sessions/{session_id}/frame", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
-async def frame(session: SessionNowDep) -> Response:
+async def frame(session: SessionDep) -> Response:
     """The newest frame as PNG."""
     return _frame_response(session.steps, session.frame_HWC)
 
 
 @v1.post("/sessions/{session_id}/step", response_class=Response, responses=_STEPPED)  # type: ignore[arg-type]
 async def step(
-    body: StepRequest, session: SessionDep, engine: EngineDep, client: ClientDep, clients: ClientsDep
+    body: StepRequest, session_id: SessionId, engine: EngineDep, client: ClientDep, clients: ClientsDep
 ) -> Response:
     """Takes one action, or several, and answers with the frame they lead to as PNG."""
     clients.count_steps(client, len(body.taken))
     began = time.perf_counter()
-    steps, frame_HWC = await engine.step(session, body.taken, body.step)
+    _, steps, frame_HWC = await engine.step(session_id, body.taken, client, body.step)
     milliseconds = (time.perf_counter() - began) * 1000
     return _frame_response(steps, frame_HWC, **{"Server-Timing": f"step;dur={milliseconds:.1f}"})
 
@@ -388,6 +384,13 @@ async def delete_session(session_id: SessionId, engine: EngineDep) -> None:
 async def _animation(frames_THWC: Pixels, kind: Animation, frames_per_second: int) -> Response:
     packed = await run_in_threadpool(images.animation, frames_THWC, kind, frames_per_second)
     return Response(packed, media_type=_MEDIA_TYPES[kind], headers={"Cache-Control": "no-store"})
+
+
+async def _read(upload: UploadFile, settings: Settings) -> bytes:
+    """Raises UploadTooLargeError; what carries a file may be larger, for it may be a data URL."""
+    if (upload.size or 0) > settings.max_upload_bytes:
+        raise UploadTooLargeError(f"the file is too large: at most {settings.max_upload_bytes / 1e6:.1f} MB")
+    return await upload.read()
 
 
 def _start_frame(model: LoadedModel, name: str) -> bytes:

@@ -22,7 +22,7 @@ from serving.store import Frame, SessionRecord, SessionStore
 from serving.worlds import World
 
 FEW = 2  # players who leave a core to requests
-_PAINTED, _REPLAYED = 8, 4  # frames at once: some 20 ms of `demo`, then others step
+_PAINTED, _REPLAYED, _COPIED = 8, 4, 500  # frames at once: some 20 ms of `demo`, then others step
 ELSEWHERE = "this session ended or went on elsewhere: ask where it stands"
 ENDED = "this session does not exist or has ended: create a new one"
 
@@ -147,13 +147,16 @@ class Keeper:
                 piece = []
         yield piece
 
-    def branch(self, session: Session, t: int, frame_HWC: Pixels, new_id: str) -> Session:
-        """A new session with this one's frames 0..t, the last of which is `frame_HWC`. Raises UnknownSessionError."""
-        kept = self._kept(session, 0, t + 1)
-        branch = Session(new_id, session.model, session.seed, session.sampling, frame_HWC, steps=t)
-        copies = [Frame(new_id, frame.t, frame.action, frame.codes_NC) for frame in kept]
-        self.store.create(self._record(branch, self._prompt(session)), copies)
-        return branch
+    def branching(self, session: Session, branch: Session) -> Iterator[None]:
+        """Copies the session's frames up to where `branch` stands into that, in pieces. Raises UnknownSessionError."""
+        for begin in range(0, branch.steps + 1, _COPIED):
+            kept = self._kept(session, begin, min(begin + _COPIED, branch.steps + 1))
+            copies = [Frame(branch.id, frame.t, frame.action, frame.codes_NC) for frame in kept]
+            if begin == 0:
+                self.store.create(self._record(branch, self._prompt(session)), copies)
+            elif not all(self.store.append(copies)):
+                raise UnknownSessionError(ENDED)
+            yield
 
     def found(self, session_id: str) -> tuple[SessionRecord, int]:
         """What a process left in the store, and how many frames there are of it. Raises UnknownSessionError."""

@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     max_rollout_seconds: float = Field(120.0, gt=0, description="a rollout or animation not made by then is refused")
     max_step_seconds: float = Field(30.0, gt=0, description="a step that has waited so long is refused with 503")
     max_connections: int = Field(1000, ge=1, description="connections open at once; to more the answer is 503")
+    client_connections: int = Field(
+        200, ge=0, description="of them from one address, unless there are trusted proxies; 0: any number"
+    )
     max_sockets: int = Field(4, ge=1, description="WebSockets open to one session")
     max_upload_seconds: float = Field(30.0, gt=0, description="a request's body has to be there by then")
     api_keys: str | None = Field(

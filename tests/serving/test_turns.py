@@ -59,8 +59,10 @@ def test_a_step_waits_for_one_painted_frame_at_most_however_many_are_asked_for(
     with ThreadPoolExecutor(6) as pool:
         frames = [pool.submit(client.get, f"/v1/sessions/{session}/frames/0") for _ in range(5)]
         eventually(lambda: client.app.state.engine._worker._behind.locked())  # type: ignore[attr-defined]
+        in_line = client.app.state.engine._worker._thread._work_queue.qsize  # type: ignore[attr-defined]
+        eventually(lambda: in_line() == 1)  # whether the session still stands where it stood
         stepped = pool.submit(step, client, other, 1)
-        eventually(lambda: client.app.state.engine._worker._thread._work_queue.qsize() > 0)  # type: ignore[attr-defined]
+        eventually(lambda: in_line() == 2)
         go.set()
         assert stepped.result().status_code == 200
         assert {frame.result().status_code for frame in frames} == {200}
