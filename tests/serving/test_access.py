@@ -18,6 +18,7 @@ import pytest
 from fastapi.testclient import TestClient
 from play_help import assert_error, create, eventually, step
 from pydantic_settings import CliApp
+from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
 from genie_model.genie import Genie
@@ -284,10 +285,11 @@ def test_other_sites_play_only_where_they_are_named(serve: Serve) -> None:
             live.receive_bytes()
     for refused in (there, {"Origin": "null"}):
         with (
-            pytest.raises(WebSocketDisconnect),
+            pytest.raises(WebSocketDenialResponse) as denied,
             client.websocket_connect(f"/v1/sessions/{session}/play", headers=refused),
         ):
             pass
+        assert_error(denied.value, 403, "foreign_page", "--cors-origins")
     assert "access-control-allow-origin" not in serve().get("/v1/model", headers=here).headers
 
 

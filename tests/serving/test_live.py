@@ -11,13 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from page_help import serving
 from PIL import Image
-from play_help import assert_error, create, pixels, play, step
+from play_help import assert_error, create, eventually, pixels, play, step
 from starlette.testclient import WebSocketDenialResponse, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
+from websockets.sync.client import connect
 
 from serving import worlds
 from serving.access import JsonLines
@@ -189,6 +192,47 @@ def test_every_answer_has_a_number_and_a_line(serve: Serve, caplog: pytest.LogCa
     assert (first["request_id"], first["route"], first["status"]) == ("from-a.proxy:1", "/healthz", 200)
     assert (second["request_id"], second["status"], second["level"]) == (strange, 404, "info")
     assert second["milliseconds"] >= 0
+
+
+def test_a_websocket_has_a_number_and_a_line_when_it_is_closed(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    client = serve(max_sockets=1)
+    path = f"/v1/sessions/{create(client)}/play"
+    with (
+        caplog.at_level(logging.INFO, "serving.access"),
+        client.websocket_connect(path, headers={"X-Request-ID": "mine"}) as socket,
+    ):
+        assert dict(socket.extra_headers)[b"x-request-id"] == b"mine"  # type: ignore[arg-type]
+        received(socket)
+        with client.websocket_connect(path) as second, pytest.raises(WebSocketDisconnect):
+            second.receive_bytes()
+    lines = [record.__dict__ for record in caplog.records if record.name == "serving.access"]
+    assert [(line["method"], line["route"], line["status"]) for line in lines] == [
+        ("WS", "/v1/sessions/{session_id}/play", 4429),
+        ("WS", "/v1/sessions/{session_id}/play", 101),
+    ]
+    assert lines[1]["request_id"] == "mine"
+
+
+def test_a_slow_reader_s_frames_do_not_pile_up_on_the_way(model_folder: Path) -> None:
+    steps, seen = 100, list[int]()
+    with (
+        serving(model_folder) as (url, _),
+        httpx.Client(base_url=url) as client,
+        connect(
+            f"ws{url.removeprefix('http')}/v1/sessions/{(session := create(client))}/play",  # type: ignore[arg-type]
+            max_queue=1,
+            ping_interval=None,
+        ) as socket,
+    ):
+        for number in range(1, steps + 1):
+            socket.send(json.dumps({"action": number % 4, "step": number}))
+        eventually(lambda: client.get(f"/v1/sessions/{session}").json()["steps"] == steps, 60)
+        while not seen or seen[-1] < steps:
+            frame = socket.recv(10)
+            assert isinstance(frame, bytes)
+            seen.append(json.loads(frame[4 : 4 + int.from_bytes(frame[:4], "little")])["step"])
+    assert seen == sorted(set(seen))
+    assert len(seen) < steps / 2
 
 
 def test_a_session_s_id_is_a_secret_and_in_no_line(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import socket
 import sqlite3
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 from play_help import assert_error, create, pixels, play, step
 from redis import Redis
 from redis_server import PASSWORD, RedisServer
@@ -213,6 +215,35 @@ def test_a_session_goes_on_in_another_replica(serve: Serve, any_store: str) -> N
     assert b.delete(here).status_code == 204
     step(a, session, 0)
     assert_error(step(a, session, 0), 404, "unknown_session")
+
+
+def test_an_overtaken_replica_answers_as_the_store_has_it(serve: Serve, any_store: str) -> None:
+    a, b = (serve(session_store=any_store) for _ in range(2))
+    session = create(a, seed=6)
+    here, played = f"/v1/sessions/{session}", play(b, [1, 2, 3, 0], seed=6)
+
+    def overtake(action: int, t: int) -> None:
+        assert b.post(f"{here}/step", json={"action": action, "step": t}).headers["x-steps"] == str(t)
+
+    step(a, session, 1)
+    overtake(2, 2)
+    assert a.get(f"{here}/frames/2").content == played[1]
+    overtake(3, 3)
+    with Image.open(io.BytesIO(a.get(f"{here}/animation.gif").content)) as film:
+        assert getattr(film, "n_frames", 1) == 4
+    overtake(0, 4)
+    assert a.get(f"{here}/previews?repeats=1").json()["steps"] == 4
+    overtake(1, 5)
+    assert a.post(f"{here}/branch", json={"t": 5}).json()["steps"] == 5
+    overtake(2, 6)
+    again = a.post(f"{here}/step", json={"action": 2, "step": 6})  # b's answer was lost
+    assert again.headers["x-steps"] == "6"
+    overtake(1, 7)
+    onward = a.post(f"{here}/step", json={"action": 3, "step": 8})
+    assert onward.headers["x-steps"] == "8"
+    overtake(0, 9)
+    other = a.post(f"{here}/step", json={"action": 1, "step": 9})
+    assert_error(other, 409, "session_moved", "this is not step 9 again")
 
 
 def test_replicas_do_not_end_each_other_s_sessions(serve: Serve, any_store: str) -> None:

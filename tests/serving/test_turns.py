@@ -20,6 +20,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from play_help import assert_error, create, eventually, picture, step
 from starlette.websockets import WebSocketDisconnect
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from serving.images import frame_from_upload
 
@@ -218,19 +220,26 @@ def test_a_connection_that_brings_no_request_is_closed(
 def test_more_connections_than_may_be_open_are_told_so_but_not_those_of_a_probe(
     address: Callable[..., tuple[str, int]],
 ) -> None:
-    host, port = address(max_connections=2)
-    base = f"http://{host}:{port}"
-    players = [httpx.Client(base_url=base) for _ in range(2)]
-    assert [player.get("/v1/model").status_code for player in players] == [200, 200]
-    with httpx.Client(base_url=base) as third:
-        assert third.get("/healthz").status_code == 200
-        refused = third.get("/v1/model")
-        assert_error(refused, 503, "too_many_connections", "try again later")
-        assert int(refused.headers["retry-after"]) > 0
-        assert refused.headers["connection"] == "close"
-        players[0].close()
-        eventually(lambda: third.get("/v1/model").status_code == 200)
-    players[1].close()
+    for limit, word in (("max_connections", "try again later"), ("client_connections", "of yours")):
+        host, port = address(**{limit: 2})
+        base = f"http://{host}:{port}"
+        players = [httpx.Client(base_url=base) for _ in range(2)]
+        assert [player.get("/v1/model").status_code for player in players] == [200, 200]
+        session = create(players[0])
+        with httpx.Client(base_url=base) as third:
+            assert third.get("/healthz").status_code == 200
+            refused = third.get("/v1/model")
+            assert_error(refused, 503, "too_many_connections", word)
+            assert int(refused.headers["retry-after"]) > 0
+            assert refused.headers["connection"] == "close"
+            with pytest.raises(InvalidStatus) as denied:
+                connect(f"ws://{host}:{port}/v1/sessions/{session}/play")
+            assert denied.value.response.status_code == 503
+            assert b"too_many_connections" in denied.value.response.body
+            assert [player.get("/v1/model").status_code for player in players] == [200, 200], "who came first plays on"
+            players[0].close()
+            eventually(lambda: third.get("/v1/model").status_code == 200)
+        players[1].close()
 
 
 def test_what_is_parsed_at_once_is_short_and_a_data_url_may_be_as_large_as_an_upload(serve: Serve) -> None:
