@@ -47,6 +47,7 @@ def set_up_logs(settings: Settings) -> None:
     handler.setFormatter(JsonLines() if settings.log_format == "json" else logging.Formatter("[%(name)s] %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every odd form; they are answered
     if settings.log_format == "text":
         logging.getLogger("serving.access").setLevel(logging.WARNING)
 
