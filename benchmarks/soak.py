@@ -62,6 +62,7 @@ class Player:
 
     def live(self, here: str, steps: int, num_actions: int) -> int:
         """A few steps over a WebSocket, which may be left in the middle of one; how many there are then."""
+        self.connection.close()  # the service would, while it is idle
         with connect(f"ws://{self.address}{here}/play", compression=None) as socket:
             self.expect(here, steps, _step_of(socket.recv(60)))
             for _ in range(self.random.randrange(1, 20)):
