@@ -114,7 +114,8 @@ def compare(study: Study, found: Findings, notes: Sequence[str] = ()) -> Compari
                 variant: {columns[name]: spread[name] for name in study.curve.beside if name in spread}
                 for variant, spread in spreads.items()
             },
-            study.curve.label,
+            study.curve.x,
+            study.curve.y,
         )
     notes = list(notes)
     if study.plot:

@@ -116,6 +116,7 @@ def curves(
     points: Mapping[str, Sequence[tuple[int, float, float]]],
     beside: Mapping[str, Mapping[str, tuple[float, float]]],
     x: str,
+    y: str,
 ) -> Picture:
     """A plot for each row: its curve of (x, value, 95% half width), and lines for the values that hang on no x.
 
@@ -134,6 +135,7 @@ def curves(
         axes.set_xlabel(x)
         axes.set_title(row, fontsize="medium")
         axes.grid(alpha=0.3)
+    panels[0].set_ylabel(y)
     panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return _drawn(canvas)
 

@@ -28,7 +28,8 @@ class Curve(NamedTuple):
 
     prefix: str
     heading: str
-    label: str  # of x
+    x: str  # its label
+    y: str
     beside: tuple[str, ...]  # metrics that hang on no x
 
 
@@ -209,6 +210,7 @@ STUDIES = {
             "solved_latent_",
             "LAM-based policy, {} labels",
             "labelled expert transitions",
+            "share of levels solved",
             ("solved_oracle", "solved_right_up", "solved_random"),
         ),
         stages={"train_policy": "policy"},
