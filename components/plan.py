@@ -13,14 +13,15 @@ def plan(
     study: dict,
     seeds: list,
     variants: list,
-    distinct_tokenizers: bool,
+    distinct: list,
     data_uri: str = "",
+    model_uri: str = "",
 ) -> list:
-    """Returns for each cell its overrides and where it belongs; of distinct tokenizers one cell for each tokenizer."""
+    """Returns for each cell its overrides and where it belongs; one for each that differs in the `distinct` parts."""
     from genie_model.tracking import plan as plan_cells
     from genie_model.tracking import step
 
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
     with step("plan", preset, overrides, **where) as run:
-        cells = plan_cells(study["name"], preset, overrides, seeds, variants, distinct_tokenizers, data_uri, run)
+        cells = plan_cells(study["name"], preset, overrides, seeds, variants, distinct, data_uri, run, model_uri)
     return cells

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -17,16 +18,25 @@ from genie_model.genie import Genie
 from genie_model.optim import Optimizers
 from genie_model.tokenizer import VideoTokenizer
 
+
+class Whole(Protocol):
+    """A model that knows the config it was made from."""
+
+    config: Config
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def save_model(uri: str, genie: Genie, part: nn.Module | None = None) -> None:
+def save_model(uri: str, whole: Whole, part: nn.Module | None = None) -> None:
     """A folder with the weights, of one part alone if named, and the whole `config.json`.
 
     The config goes last: where it lies, the model is whole.
     """
-    _write_tensors(f"{uri}/{WEIGHTS}", (part or genie).state_dict())
-    files.write_atomic(f"{uri}/{CONFIG}", genie.config.to_json().encode())
+    _write_tensors(f"{uri}/{WEIGHTS}", (part or whole).state_dict())
+    files.write_atomic(f"{uri}/{CONFIG}", whole.config.to_json().encode())
 
 
 def is_model(uri: str) -> bool:
@@ -53,10 +63,15 @@ def load_tokenizer(uri: str) -> VideoTokenizer:
 
 
 def _untrained(uri: str) -> Genie:
+    return Genie(load_config(uri))
+
+
+def load_config(uri: str) -> Config:
+    """What a model was trained with. Raises ValueError when none lies there, or one of other code."""
     if not is_model(uri):
         raise ValueError(f"no model at {uri} (no {CONFIG} there): train one first, or check the URI")
     try:
-        return Genie(Config.from_json(files.read(f"{uri}/{CONFIG}").decode()))
+        return Config.from_json(files.read(f"{uri}/{CONFIG}").decode())
     except ValueError as error:
         raise ValueError(f"the model at {uri} is not one that this code makes: {error}") from None
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from genie_model import pictures
 from genie_model.report import page
-from genie_model.studies import Row, Study
+from genie_model.studies import Curve, Row, Study
 
 Findings = Mapping[str, Sequence[Mapping[str, float]]]  # variant -> the metrics of each of its seeds
 
@@ -79,9 +79,13 @@ def compare(study: Study, found: Findings, notes: Sequence[str] = ()) -> Compari
     found = {variant: cells for variant, cells in found.items() if cells}
     if not found:
         raise ValueError("no cell of this study has finished: nothing to compare")
+    headings = dict(study.columns)
+    points = _points(study.curve, found) if study.curve else {}
+    if study.curve:
+        headings |= {name: study.curve.heading.format(x) for name, x in points.items()}
     columns = {
         name: heading
-        for name, heading in study.columns.items()
+        for name, heading in headings.items()
         if any(name in cell for cells in found.values() for cell in cells)
     }
     spreads = {
@@ -96,19 +100,40 @@ def compare(study: Study, found: Findings, notes: Sequence[str] = ()) -> Compari
             {
                 heading: {variant: spread[name] for variant, spread in spreads.items() if name in spread}
                 for name, heading in columns.items()
+                if name not in points
             }
         )
     }
+    if study.curve:
+        drawn["curve"] = pictures.curves(
+            {
+                variant: [(x, *spread[name]) for name, x in points.items() if name in spread]
+                for variant, spread in spreads.items()
+            },
+            {
+                variant: {columns[name]: spread[name] for name in study.curve.beside if name in spread}
+                for variant, spread in spreads.items()
+            },
+            study.curve.x,
+            study.curve.y,
+        )
     notes = list(notes)
     if study.plot:
         x, y, beside = study.plot
-        points = {variant: [(c[x], c[y]) for c in cells if x in c and y in c] for variant, cells in found.items()}
-        flat = [point for variant, some in points.items() if not variant.startswith(beside) for point in some]
+        pairs = {variant: [(c[x], c[y]) for c in cells if x in c and y in c] for variant, cells in found.items()}
+        flat = [point for variant, some in pairs.items() if not variant.startswith(beside) for point in some]
         law = PowerLaw.fitted(*zip(*flat, strict=True)) if len({x for x, _ in flat}) > 1 else None
         if law:
             notes.append(f"{columns[y]} (y) over {columns[x]} (x) of all sizes: {law}.")
-        drawn["scaling"] = pictures.scatter(points, columns[x], columns[y], law and (law.factor, law.exponent))
+        drawn["scaling"] = pictures.scatter(pairs, columns[x], columns[y], law and (law.factor, law.exponent))
     return Comparison(f"{study.title} ({study.source})", table, list(study.paper), notes, drawn)
+
+
+def _points(curve: Curve, found: Findings) -> dict[str, int]:
+    """Metric -> x, in order of x."""
+    names = {name for cells in found.values() for cell in cells for name in cell if name.startswith(curve.prefix)}
+    by_x = {name: int(name.removeprefix(curve.prefix)) for name in names}
+    return dict(sorted(by_x.items(), key=lambda pair: pair[1]))
 
 
 def _shown(value: float) -> str:

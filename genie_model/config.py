@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import math
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -210,6 +210,30 @@ class EvaluationConfig(ConfigNode):
         return self
 
 
+class PolicyConfig(ConfigNode):
+    """The policy of behavioural cloning (App. E.2, Table 14); the table's d_model of 512 is taken to be 8 x 64."""
+
+    patch_size: int = Field(4, ge=1)
+    transformer: TransformerConfig = TransformerConfig(num_layers=12, d_model=512, num_heads=8, head_dim=64)
+    linear_layer: int = Field(512, ge=1, description="width of the head's hidden layer")
+    context: int = Field(4, ge=2, description="frames that it sees, in training as in play")
+
+
+class CloningConfig(ConfigNode):
+    """What the policy is shown, and how it is judged (section 3.3, App. E)."""
+
+    mode: Literal["easy", "hard"] = Field("hard", description="of CoinRun; Figure 15 has both")
+    levels: int = Field(10_000, ge=1, le=10_000, description="training levels that the expert is recorded on")
+    labelled: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0, 50, 100, 200, 500, 1000),
+        min_length=1,
+        description="transitions whose true actions are known, to map latent actions to real ones by",
+    )
+    random_share: float = Field(0.1, ge=0, le=1, description="of its steps the oracle acts at random (App. E.2)")
+    eval_levels: int = Field(100, ge=1, description="held-out levels")
+    max_steps: int = Field(1_000, ge=1, description="then a level counts as lost; Procgen ends an episode at 1,000")
+
+
 class PromotionConfig(ConfigNode):
     """When a candidate may become the champion."""
 
@@ -229,6 +253,17 @@ class Config(ConfigNode):
     sampling: SamplingConfig = SamplingConfig()
     train_tokenizer: StageConfig
     train_world: StageConfig
+    policy: PolicyConfig = PolicyConfig()
+    train_policy: StageConfig = Field(
+        StageConfig(
+            steps=100_000,
+            batch_size=16,
+            optimizer=OptimizerConfig(max_lr=3e-5, min_lr=3e-6, beta2=0.96, warmup_steps=5_000),
+            checkpoint_every=5_000,
+        ),
+        description="Table 13; the paper does not say for how many steps",
+    )
+    cloning: CloningConfig = CloningConfig()
     cached_tokens: bool = Field(
         False,
         description="train_world reads tokens that were computed once (tokens.py); its clips then start at multiples "
@@ -239,7 +274,7 @@ class Config(ConfigNode):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
-        for part in ("tokenizer", "lam"):
+        for part in ("tokenizer", "lam", "policy"):
             patch, least = getattr(self, part).patch_size, min(self.data.frame_height, self.data.frame_width)
             if patch > least:
                 raise ValueError(f"{part}.patch_size={patch} is larger than the frame: at most {least}")

@@ -112,6 +112,34 @@ def dot_plots(values: Mapping[str, Mapping[str, tuple[float, float]]]) -> Pictur
     return _drawn(canvas)
 
 
+def curves(
+    points: Mapping[str, Sequence[tuple[int, float, float]]],
+    beside: Mapping[str, Mapping[str, tuple[float, float]]],
+    x: str,
+    y: str,
+) -> Picture:
+    """A plot for each row: its curve of (x, value, 95% half width), and lines for the values that hang on no x.
+
+    The points are evenly spaced: their x may be 0, and grows as a logarithm does.
+    """
+    figure = Figure(figsize=(1.6 + 4.2 * len(points), 3.6), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
+    for axes, (row, triples) in zip(panels, points.items(), strict=True):
+        x_N, value_N, ci95_N = zip(*triples, strict=True) if triples else ((), (), ())
+        axes.errorbar(range(len(x_N)), value_N, yerr=np.nan_to_num(ci95_N), fmt="o-", capsize=3)
+        for number, (name, (value, ci95)) in enumerate(beside[row].items(), start=1):
+            axes.axhline(value, color=f"C{number}", linestyle="--", label=name)
+            axes.axhspan(value - np.nan_to_num(ci95), value + np.nan_to_num(ci95), color=f"C{number}", alpha=0.12)
+        axes.set_xticks(range(len(x_N)), x_N)
+        axes.set_xlabel(x)
+        axes.set_title(row, fontsize="medium")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(y)
+    panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _drawn(canvas)
+
+
 def scatter(
     points: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, law: tuple[float, float] | None = None
 ) -> Picture:

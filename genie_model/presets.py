@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from genie_model.config import (
+    CloningConfig,
     CodebookConfig,
     Config,
     DataConfig,
@@ -10,6 +11,7 @@ from genie_model.config import (
     EvaluationConfig,
     LAMConfig,
     OptimizerConfig,
+    PolicyConfig,
     SamplingConfig,
     StageConfig,
     TokenizerConfig,
@@ -25,6 +27,8 @@ def _demo() -> Config:
     shallow = small.model_copy(update={"num_layers": 2})
     tokenizer_rates = OptimizerConfig(max_lr=1e-3, min_lr=1e-5, muon_lr=6e-3, beta2=0.99, warmup_steps=30)
     world_rates = OptimizerConfig(max_lr=1e-3, min_lr=1e-5, token_lr=2e-3, muon_lr=3e-3, beta2=0.99, warmup_steps=30)
+    policy_rates = OptimizerConfig(max_lr=1e-3, min_lr=1e-5, muon_lr=6e-3, beta2=0.99, warmup_steps=30)
+    slim = small.model_copy(update={"d_model": 64, "head_dim": 32})
     return Config(
         name="demo",
         data=DataConfig(train_levels=4096, steps_per_level=64, action_hold=8),
@@ -54,6 +58,9 @@ def _demo() -> Config:
         train_tokenizer=StageConfig(steps=800, batch_size=4, optimizer=tokenizer_rates, checkpoint_every=100),
         train_world=StageConfig(steps=1400, batch_size=4, optimizer=world_rates, checkpoint_every=100),
         evaluation=EvaluationConfig(clips=128),
+        policy=PolicyConfig(patch_size=8, transformer=slim, linear_layer=128),
+        train_policy=StageConfig(steps=1500, batch_size=16, optimizer=policy_rates, checkpoint_every=250),
+        cloning=CloningConfig(levels=320),
     )
 
 
@@ -94,6 +101,9 @@ def _tiny() -> Config:
         train_tokenizer=stage,
         train_world=stage,
         evaluation=EvaluationConfig(clips=4, grid_prompts=2, grid_repeats=2, probe_steps=20),
+        policy=PolicyConfig(patch_size=16, transformer=tiny, linear_layer=32),
+        train_policy=stage,
+        cloning=CloningConfig(mode="easy", levels=4, labelled=(0, 20), eval_levels=3, max_steps=20),
     )
 
 

@@ -7,7 +7,7 @@ and plots of the cells from MLflow; `pipelines/study.py` runs them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,6 +23,16 @@ Row = tuple[str, ...]
 _TOLERANCE = 0.03  # of the parameters that variants are matched to
 
 
+class Curve(NamedTuple):
+    """Metrics `<prefix><x>` over x, a whole number; each also a column, whose heading says x at its braces."""
+
+    prefix: str
+    heading: str
+    x: str  # its label
+    y: str
+    beside: tuple[str, ...]  # metrics that hang on no x
+
+
 class Study(NamedTuple):
     """One table or figure of the paper."""
 
@@ -32,6 +42,8 @@ class Study(NamedTuple):
     columns: dict[str, str]  # metric of a cell -> heading
     paper: tuple[Row, ...]  # the paper's own figures, a row of headings first
     plot: tuple[str, str, str] | None = None  # a power law: metrics x and y, and how variants outside it begin
+    curve: Curve | None = None
+    stages: Mapping[str, str] = {"train_tokenizer": "tokenizer", "train_world": "world"}  # that the report tells
 
 
 def _lam_inputs(config: Config) -> dict[str, Overrides]:
@@ -112,6 +124,11 @@ def _scaled(shape: TransformerConfig, fraction: float) -> TransformerConfig:
     return shape.model_copy(update={"d_model": max(8 * round(shape.d_model * fraction / 8), 8), "num_heads": heads})
 
 
+def _modes(config: Config) -> dict[str, Overrides]:
+    """CoinRun's."""
+    return {mode: (f"cloning.mode={mode}",) for mode in ("easy", "hard")}
+
+
 def _shape(shape: TransformerConfig) -> Overrides:
     fields = ("num_layers", "d_model", "num_heads", "head_dim")
     return tuple(f"dynamics.transformer.{field}={getattr(shape, field)}" for field in fields)
@@ -173,6 +190,30 @@ STUDIES = {
             *((f"size {name}", name.upper(), f"{row.flops:.3g}") for name, row in TABLE_10.items()),
         ),
         ("flops_train_world", "final_dynamics_cross_entropy", "batch"),
+    ),
+    "cloning": Study(
+        "What latent actions are worth to an agent: share of held-out levels solved",
+        "section 3.3, Figure 15",
+        _modes,
+        {
+            "solved_expert": "expert",
+            "solved_oracle": "oracle",
+            "solved_right_up": "RIGHT and UP held",
+            "solved_random": "random agent",
+            "map_agreement": "real actions that the map gives back",
+        },
+        (
+            ("", "LAM-based policy"),
+            ("easy and hard", "the oracle's score given as few as 200 expert samples; the figure prints no numbers"),
+        ),
+        curve=Curve(
+            "solved_latent_",
+            "LAM-based policy, {} labels",
+            "labelled expert transitions",
+            "share of levels solved",
+            ("solved_oracle", "solved_right_up", "solved_random"),
+        ),
+        stages={"train_policy": "policy"},
     ),
 }
 

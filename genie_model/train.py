@@ -1,4 +1,4 @@
-"""The one trainer. A model is anything whose `forward(clips in [0, 1])` gives (loss, logs); it may take codes too.
+"""The one trainer. A model is anything whose `forward(clips in [0, 1])` gives (loss, logs); it may take codes, actions.
 
 A step is a pure function of (config, data, step): the batch, the learning rate and the random numbers all derive from
 the step's number. So a run that was killed and started again ends in the very weights of one that was not.
@@ -27,16 +27,15 @@ from genie_model.source import code_digest
 from genie_model.tokens import tokens_of
 
 # The code that decides the weights of each model.
-_TOKENIZER_CODE = (
+TRAINER_CODE = (
     "backend/native.py",
     "data/loader.py",
     "data/store.py",
     "layers.py",
     "optim.py",
-    "quantizer.py",
-    "tokenizer.py",
     "train.py",
 )
+_TOKENIZER_CODE = (*TRAINER_CODE, "quantizer.py", "tokenizer.py")
 _GENIE_CODE = (*_TOKENIZER_CODE, "dynamics.py", "genie.py", "lam.py", "tokens.py")
 _WATCHING = ("log_every", "checkpoint_every")  # how often training is looked at, not what it ends in
 
@@ -44,15 +43,17 @@ _WATCHING = ("log_every", "checkpoint_every")  # how often training is looked at
 def train_tokenizer(config: Config, data_uri: str, root_uri: str, log: RunLog | None = None) -> str:
     """Phase one of section 2.1. Returns the URI of the tokenizer alone.
 
-    Everything lies under `root_uri`, under names that follow from what decides the weights (`_name`): a finished
+    Everything lies under `root_uri`, under names that follow from what decides the weights (`model_name`): a finished
     tokenizer is reused, a killed run carries on. Raises ValueError for a data set that is missing or does not fit.
     """
     store = VideoStore.open(f"{data_uri}/train")
-    name = _name("tokenizer", store, config, ("data", "tokenizer", "train_tokenizer", "seed"), _TOKENIZER_CODE)
+    name = model_name(
+        "tokenizer", store.digest, config, ("data", "tokenizer", "train_tokenizer", "seed"), _TOKENIZER_CODE
+    )
     torch.manual_seed(config.seed)
     genie = Genie(config)
     loader = _loader(store, config, config.train_tokenizer)
-    return _train(
+    return train_once(
         "train-tokenizer", name, genie, genie.tokenizer, config.train_tokenizer, lambda: loader, root_uri, log
     )
 
@@ -68,7 +69,7 @@ def train_world(config: Config, data_uri: str, tokenizer_uri: str, root_uri: str
     if tokenizer.config != config.tokenizer:
         raise ValueError(f"the tokenizer at {tokenizer_uri} was trained with another tokenizer config: train it anew")
     trained = ("data", "tokenizer", "train_tokenizer", "lam", "dynamics", "train_world", "cached_tokens", "seed")
-    name = _name("genie", store, config, trained, _GENIE_CODE)
+    name = model_name("genie", store.digest, config, trained, _GENIE_CODE)
     torch.manual_seed(config.seed)
     genie = Genie(config)
     genie.tokenizer.load_state_dict(tokenizer.state_dict())
@@ -78,15 +79,15 @@ def train_world(config: Config, data_uri: str, tokenizer_uri: str, root_uri: str
         tokens = tokens_of(config, store, tokenizer, root_uri) if config.cached_tokens else None
         return _loader(store, config, config.train_world, tokens)
 
-    return _train("train-world", name, genie, genie, config.train_world, loader, root_uri, log)
+    return train_once("train-world", name, genie, genie, config.train_world, loader, root_uri, log)
 
 
 def _loader(store: VideoStore, config: Config, stage: StageConfig, tokens: VideoStore | None = None) -> ClipLoader:
     return ClipLoader(store, stage.batch_size, config.data.clip_length, config.seed, tokens=tokens)
 
 
-def _name(kind: str, store: VideoStore, config: Config, parts: tuple[str, ...], code: tuple[str, ...]) -> str:
-    """<kind>-<digest of the data and of those parts of the config>-<digest of the code>.
+def model_name(kind: str, data: str, config: Config, parts: tuple[str, ...], code: tuple[str, ...]) -> str:
+    """<kind>-<digest of `data`, itself a digest, and of those parts of the config>-<digest of the code>.
 
     The three decide the weights, up to rounding that differs between machines and versions of torch. How a model is
     sampled, evaluated or watched does not. Comments do not count as code, but any other change of those files does,
@@ -98,28 +99,29 @@ def _name(kind: str, store: VideoStore, config: Config, parts: tuple[str, ...], 
         for name, value in config.flat().items()
         if name.partition(".")[0] in parts and name.rpartition(".")[2] not in _WATCHING
     }
-    trained = hashlib.sha256(f"{store.digest} {json.dumps(fields, sort_keys=True)}".encode()).hexdigest()[:12]
+    trained = hashlib.sha256(f"{data} {json.dumps(fields, sort_keys=True)}".encode()).hexdigest()[:12]
     return f"{kind}-{trained}-{code_digest(code)}"
 
 
-def _train(
+def train_once(
     step_name: str,
     name: str,
-    genie: Genie,
+    whole: checkpoint.Whole,
     trained: nn.Module,
     stage: StageConfig,
     loader: Callable[[], ClipLoader],
     root_uri: str,
     log: RunLog | None,
 ) -> str:
+    """Trains `trained`, a part of `whole` or all of it, unless that lies there already; returns the model's URI."""
     model_uri, state = f"{root_uri}/models/{name}", TrainingState(f"{root_uri}/training/{name}")
     if checkpoint.is_model(model_uri):
         summary(step_name, f"reused {model_uri}: this very code trained it with this config on this data")
         return model_uri
     if not state.latest_step() and (others := _by_other_code(name, root_uri)):
         summary(step_name, f"trains anew, for the code has changed since {', '.join(others)}: kept where it is")
-    text = fit(trained, stage, loader(), state, desc=step_name, seed=genie.config.seed, log=log or NoLog())
-    checkpoint.save_model(model_uri, genie, trained)
+    text = fit(trained, stage, loader(), state, desc=step_name, seed=whole.config.seed, log=log or NoLog())
+    checkpoint.save_model(model_uri, whole, trained)
     state.remove()
     summary(step_name, f"{text} -> {model_uri}")
     return model_uri
@@ -159,7 +161,7 @@ def fit(
             on_step(step)
             torch.manual_seed(seed * 1_000_003 + step)
             with native.autocast(stage.precision):
-                loss, tensors = module(*native.inputs(batch.frames_BTHWC, batch.codes_BTNC))
+                loss, tensors = module(*native.inputs(*batch))
             loss.backward()
             gradient_norm = nn.utils.clip_grad_norm_(module.parameters(), stage.optimizer.clip_norm)
             optimizers.step(learning_rate_share(step, stage.steps, stage.optimizer))
@@ -186,5 +188,13 @@ def _check_finite(loss: float, step: int) -> None:
 
 
 def _shown(logs: dict[str, float]) -> str:
-    keys = ("psnr", "code_perplexity", "lam/mse_over_copy", "lam/action_perplexity", "dynamics/cross_entropy", "loss")
+    keys = (
+        "psnr",
+        "code_perplexity",
+        "lam/mse_over_copy",
+        "lam/action_perplexity",
+        "dynamics/cross_entropy",
+        "accuracy",
+        "loss",
+    )
     return ", ".join(f"{key.rpartition('/')[2]} {logs[key]:.3g}" for key in keys if key in logs)

@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("pipeline", choices=PIPELINES)
             command.add_argument("--seeds", type=int, nargs="+", help="of a study: a run of every variant for each")
             command.add_argument("--variant", action="append", help="of a study: only this one (may be repeated)")
+            command.add_argument("--model", help="of cloning: a trained world's folder (default: trains one first)")
         preset = "demo" if name == "demo" else "coinrun"
         command.add_argument("--preset", default=preset, help=f"one of {', '.join(preset_names())} (default: {preset})")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
@@ -110,6 +111,10 @@ def _arguments(args: argparse.Namespace, root_uri: str | None) -> dict[str, Any]
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked and args.pipeline not in STUDIES:
         raise ValueError(f"--seeds and --variant are for studies: {', '.join(STUDIES)}")
+    if model_uri := getattr(args, "model", None):
+        if args.pipeline != "cloning":
+            raise ValueError("--model is for cloning: the others train their own world")
+        asked["model_uri"] = model_uri
     return values | asked
 
 

@@ -37,7 +37,7 @@ _EXECUTOR = re.compile(
 )  # its log, its input as JSON
 
 
-STUDIES = ("lam_inputs", "tokenizers", "scaling")
+STUDIES = ("lam_inputs", "tokenizers", "scaling", "cloning")
 PIPELINES = ("coinrun", *STUDIES)
 
 

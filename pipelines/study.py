@@ -14,6 +14,8 @@ from components.train_tokenizer import train_tokenizer
 from components.train_world import train_world
 from pipelines.placement import LARGE, MEDIUM, SMALL, place
 
+_TOKENIZER = ["data", "tokenizer", "train_tokenizer", "seed"]  # what decides one
+
 
 def run_study(name: str, run: dict[str, Any], seeds: Any, variants: Any) -> Any:
     """Adds the steps to the pipeline that is being defined; returns the report in Markdown.
@@ -23,22 +25,24 @@ def run_study(name: str, run: dict[str, Any], seeds: Any, variants: Any) -> Any:
     """
     study = {"name": name}
     data = place(collect(**run, study=study), MEDIUM, "collect")
-    asked = run | {"study": study, "seeds": seeds, "variants": variants, "data_uri": data.output}
-    tokenizers = place(plan(**asked, distinct_tokenizers=True), SMALL, "plan tokenizers")
+    asked = run | {"study": study, "seeds": seeds, "variants": variants, "data_uri": data.output, "model_uri": ""}
+    tokenizers = place(plan(**asked, distinct=_TOKENIZER), SMALL, "plan tokenizers")
     with dsl.ParallelFor(tokenizers.output, name="tokenizers") as cell:
-        tokenizer = place(train_tokenizer(**_of(cell, run)), LARGE, "train tokenizer")
-    cells = place(plan(**asked, distinct_tokenizers=False).after(tokenizer), SMALL, "plan cells")
+        tokenizer = place(train_tokenizer(**of_cell(cell, run, "data_uri")), LARGE, "train tokenizer")
+    cells = place(plan(**asked, distinct=[]).after(tokenizer), SMALL, "plan cells")
     cells.ignore_upstream_failure()
     with dsl.ParallelFor(cells.output, name="cells") as cell:
-        tokenizer = place(train_tokenizer(**_of(cell, run)), LARGE, "train tokenizer")
-        trained = train_world(**_of(cell, run), tokenizer_uri=tokenizer.output)
+        tokenizer = place(train_tokenizer(**of_cell(cell, run, "data_uri")), LARGE, "train tokenizer")
+        trained = train_world(**of_cell(cell, run, "data_uri"), tokenizer_uri=tokenizer.output)
         world = place(trained, LARGE, "co-train LAM and dynamics")
-        measured = place(evaluate(**_of(cell, run), model_uri=world.output), MEDIUM, "evaluate on held-out levels")
+        measured = place(
+            evaluate(**of_cell(cell, run, "data_uri"), model_uri=world.output), MEDIUM, "evaluate on held-out levels"
+        )
     made = place(report(**run, study=study).after(measured), SMALL, "report")
     made.ignore_upstream_failure()
     return made.outputs["Output"]
 
 
-def _of(cell: Any, run: dict[str, Any]) -> dict[str, Any]:
-    """A step's arguments; the cell brings the data's URI, for kfp.local hands no outer step's output into a loop."""
-    return run | {"overrides": cell.overrides, "study": cell.study, "data_uri": cell.data_uri}
+def of_cell(cell: Any, run: dict[str, Any], *brought: str) -> dict[str, Any]:
+    """A step's arguments; a cell brings URIs along, for kfp.local hands no outer step's output into a loop."""
+    return run | {"overrides": cell.overrides, "study": cell.study} | {name: getattr(cell, name) for name in brought}

@@ -19,7 +19,7 @@ OWNERS = {
     "torch_xla": ("genie_model/backend/xla.py",),
     "procgen": ("genie_model/data/coinrun.py",),
     "gymnasium": ("genie_model/env.py",),
-    "genie_model.data.truth": ("genie_model/data/held_out.py",),
+    "genie_model.data.truth": ("genie_model/data/held_out.py", "genie_model/cloning.py"),
     "genie_model.data.held_out": ("genie_model/evaluate.py", "genie_model/tracking/registry.py"),
 }
 

@@ -30,12 +30,10 @@ def to_unit_frames(batch_BTHWC: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(batch_BTHWC).to(device(), non_blocking=True).float() / 255
 
 
-def inputs(frames_BTHWC: NDArray[np.uint8], codes_BTNC: NDArray[np.int64] | None) -> list[Tensor]:
-    """What a model in training takes of a batch: its frames as above, and their codes where they are known."""
-    found = [to_unit_frames(frames_BTHWC)]
-    if codes_BTNC is not None:
-        found.append(torch.from_numpy(codes_BTNC).to(device(), non_blocking=True))
-    return found
+def inputs(frames_BTHWC: NDArray[np.uint8], *known: NDArray[np.int64] | None) -> list[Tensor]:
+    """What a model in training takes of a batch: its frames as above, and what else is known of them."""
+    others = [torch.from_numpy(one).to(device(), non_blocking=True) for one in known if one is not None]
+    return [to_unit_frames(frames_BTHWC), *others]
 
 
 def keep_freed_memory() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -16,16 +16,19 @@ from genie_model.data.store import VideoStore
 class Batch(NamedTuple):
     frames_BTHWC: NDArray[np.uint8]
     codes_BTNC: NDArray[np.int64] | None = None  # their tokens, where the loader has them
+    actions_BT: NDArray[np.int64] | None = None  # what was done at each frame, where it has those
 
 
 class ClipLoader:
     """Batches of clips of `clip_length` consecutive frames from the train split.
 
     A clip may start at any frame; where `tokens` (tokens.py) are given, at multiples of its length, and brings its
-    codes along. An epoch takes every clip once, in an order that (seed, epoch) decides and that is computed, not
-    stored: resuming needs the step alone. `batch_size` counts the clips of all ranks; the batch does not depend on
-    `world_size`, rank r of w gets its r-th of w equal slices. Raises ValueError for the eval split, a batch that the
-    ranks cannot share evenly, and clips longer than every episode.
+    codes along. Where `actions` are given, (T-1,) of each episode in turn, it brings along what was done at each of its
+    frames: so an episode's last frame, after which nothing is known, is in none. An epoch takes every clip once, in an
+    order that (seed, epoch) decides and that is computed, not stored: resuming needs the step alone. `batch_size`
+    counts the clips of all ranks; the batch does not depend on `world_size`, rank r of w gets its r-th of w equal
+    slices. Raises ValueError for the eval split, a batch that the ranks cannot share evenly, and clips longer than
+    every episode.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class ClipLoader:
         rank: int = 0,
         world_size: int = 1,
         tokens: VideoStore | None = None,
+        actions: Sequence[NDArray[np.int64]] | None = None,
     ) -> None:
         if store.split != "train":
             raise ValueError(f"{store.uri} is the {store.split} split, which is never trained on: open the train split")
@@ -45,8 +49,8 @@ class ClipLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is not in 0..{world_size - 1}")
         self.store, self.batch_size, self.clip_length, self.seed = store, batch_size, clip_length, seed
-        self.tokens = tokens
-        self.clips = store.clips(clip_length, stride=clip_length if tokens else 1)
+        self.tokens, self.actions = tokens, actions
+        self.clips = store.clips(clip_length + (actions is not None), stride=clip_length if tokens else 1)
         local = batch_size // world_size
         self._slice = np.arange(rank * local, (rank + 1) * local)
 
@@ -58,7 +62,12 @@ class ClipLoader:
             for e, p in zip(epoch.tolist(), position.tolist(), strict=True)
         ]
         frames_BTHWC = self._read(self.store, chosen)
-        return Batch(frames_BTHWC, _as_codes(self._read(self.tokens, chosen)) if self.tokens else None)
+        actions_BT = None
+        if self.actions is not None:
+            actions_BT = np.stack(
+                [self.actions[episode][start : start + self.clip_length] for episode, start in chosen]
+            )
+        return Batch(frames_BTHWC, _as_codes(self._read(self.tokens, chosen)) if self.tokens else None, actions_BT)
 
     def _read(self, store: VideoStore, clips: list[NDArray[np.int32]]) -> NDArray[np.uint8]:
         return np.stack([store.frames(episode, start, self.clip_length) for episode, start in clips])

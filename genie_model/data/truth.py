@@ -1,4 +1,7 @@
-"""What really happened in the recorded episodes. For evaluation only: nothing on the training path imports this."""
+"""What really happened in the recorded episodes. For evaluation, and for the oracle of behavioural cloning (App. E).
+
+Nothing else on the training path imports this.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mlflow import MlflowClient
@@ -33,11 +33,14 @@ def plan(
     overrides: Sequence[str],
     seeds: Sequence[int],
     only: Sequence[str],
-    distinct_tokenizers: bool,
+    distinct: Sequence[str],
     data_uri: str,
     run: StepRun,
+    model_uri: str = "",
 ) -> list[dict[str, Any]]:
-    """Cells to run, each {"overrides", "study", "data_uri"} for its steps; or one for each of `distinct_tokenizers`.
+    """Cells to run, each {"overrides", "study", "data_uri", "model_uri"} for its steps.
+
+    All of them; or of those whose configs agree in the parts named in `distinct`, the first.
 
     Raises ValueError as `studies.cells`.
     """
@@ -45,9 +48,8 @@ def plan(
     known = _planned(run.client.get_run(run.parent_id))
     asked = [[cell.variant, cell.seed] for cell in planned]
     run.client.set_tag(run.parent_id, _CELLS, json.dumps(known + [cell for cell in asked if cell not in known]))
-    if distinct_tokenizers:
-        trained = ("data", "tokenizer", "train_tokenizer", "seed")
-        configs = {run.config.with_overrides(*cell.overrides).digest(*trained): cell for cell in reversed(planned)}
+    if distinct:
+        configs = {run.config.with_overrides(*cell.overrides).digest(*distinct): cell for cell in reversed(planned)}
         planned = [cell for cell in planned if cell in configs.values()]
     summary("plan", ", ".join(f"{cell.variant} (seed {cell.seed})" for cell in planned))
     return [
@@ -55,6 +57,7 @@ def plan(
             "overrides": cell.overrides,
             "study": {"name": name, "run": run.parent_id, "variant": cell.variant},
             "data_uri": data_uri,
+            "model_uri": model_uri,
         }
         for cell in planned
     ]
@@ -78,7 +81,8 @@ def report(name: str, client: MlflowClient, run_id: str) -> Reported:
         else:
             status = cell.info.status.lower() if cell else "never started"
             unfinished.append(f"{variant}, seed {seed}: {status}")
-    notes = [f"Preset {own.data.tags['preset']}; {_budget(own)}. A cell is the mean over seeds ± its 95% interval."]
+    budget = _budget(own, study(name).stages)
+    notes = [f"Preset {own.data.tags['preset']}; {budget}. A cell is the mean over seeds ± its 95% interval."]
     if unfinished:
         notes.append(f"Not finished, and not in the table: {'; '.join(unfinished)}. The same run again makes them.")
     if len(commits) > 1:
@@ -122,9 +126,9 @@ def _planned(run: Run) -> list[list[Any]]:
     return list(json.loads(run.data.tags.get(_CELLS, "[]")))
 
 
-def _budget(run: Run) -> str:
+def _budget(run: Run, stages: Mapping[str, str]) -> str:
     params = run.data.params
     return ", ".join(
         f"{params[f'{stage}.steps']} {words} steps of {params[f'{stage}.batch_size']} clips"
-        for stage, words in (("train_tokenizer", "tokenizer"), ("train_world", "world"))
+        for stage, words in stages.items()
     )

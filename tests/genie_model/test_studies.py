@@ -52,6 +52,22 @@ def test_scaling_has_sizes_and_batches_and_the_paper_s_rungs_at_its_preset() -> 
     assert rungs[-1] == "batch 448"
 
 
+def test_cloning_is_in_both_modes() -> None:
+    assert changed("cloning") == {"easy": {"cloning.mode"}, "hard": set()}
+
+
+def test_a_curve_s_points_are_columns_in_order_and_a_plot() -> None:
+    found = {
+        mode: [{f"solved_latent_{n}": 0.3 + n / 1000 + seed / 100 for n in (0, 200, 50)} | {"solved_oracle": 0.5}]
+        for mode, seed in (("easy", 0), ("hard", 1))
+    }
+    made = compare(study("cloning"), found)
+    assert made.table[0] == ("", "seeds", "oracle", *(f"LAM-based policy, {n} labels" for n in (0, 50, 200)))
+    assert made.table[1] == ("easy", "1", "0.5", "0.3", "0.35", "0.5")
+    assert "200 expert samples" in made.markdown()
+    assert set(made.pictures) == {"comparison", "curve"}
+
+
 def test_cells_are_every_variant_with_every_seed_and_can_be_chosen() -> None:
     found = cells("tokenizers", "tiny", ["train_world.steps=3"], [5, 7, 5], ["vit"])
     assert [(cell.variant, cell.seed) for cell in found] == [("vit", 5), ("vit", 7)]

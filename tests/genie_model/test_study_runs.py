@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ def client(tmp_path: Path) -> Iterator[MlflowClient]:
         yield MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def planned(seeds: list[int], distinct_tokenizers: bool = False) -> list[dict[str, Any]]:
+def planned(seeds: list[int], distinct: Sequence[str] = ()) -> list[dict[str, Any]]:
     with step("plan", "tiny", **WHERE, study={"name": "lam_inputs"}) as run:
-        return plan("lam_inputs", "tiny", [], seeds, ["pixels", "tokens"], distinct_tokenizers, "data", run)
+        return plan("lam_inputs", "tiny", [], seeds, ["pixels", "tokens"], distinct, "data", run)
 
 
 def run_cell(cell: dict[str, Any], delta_psnr: float | None) -> None:
@@ -71,7 +71,8 @@ def test_cells_nest_below_their_study_and_carry_what_they_are_compared_by(client
 
 def test_one_cell_of_each_tokenizer() -> None:
     assert [
-        (cell["study"]["variant"], cell["overrides"][-1]) for cell in planned([0, 1], distinct_tokenizers=True)
+        (cell["study"]["variant"], cell["overrides"][-1])
+        for cell in planned([0, 1], distinct=["data", "tokenizer", "train_tokenizer", "seed"])
     ] == [
         ("pixels", "seed=0"),
         ("pixels", "seed=1"),

@@ -39,8 +39,26 @@ def test_a_study_compiles_with_a_typed_form(study: str, tmp_path: Path) -> None:
     assert report["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}, "whatever becomes of the cells"
 
 
+def test_cloning_takes_a_world_or_trains_one(tmp_path: Path) -> None:
+    done = pipelines("compile", "cloning", "--model", "gs://bucket/world", "--variant", "hard", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    pipeline = yaml.safe_load((tmp_path / "build" / "cloning.yaml").read_text())
+    form = pipeline["root"]["inputDefinitions"]["parameters"]
+    assert all(field["description"] for field in form.values())
+    shown = {name: (field["parameterType"], field.get("defaultValue")) for name, field in form.items()}
+    assert shown["model_uri"] == ("STRING", "gs://bucket/world")
+    assert shown["variants"] == ("LIST", ["hard"])
+    assert shown["seeds"] == ("LIST", [0, 1, 2, 3, 4])
+    tasks = [set(part["dag"]["tasks"]) for part in pipeline["components"].values() if "dag" in part]
+    assert {"collect", "train-tokenizer", "train-world"} in tasks
+    assert {"find-world"} in tasks
+    assert {"demonstrate-2", "train-policy", "train-policy-2", "evaluate-policies"} in tasks
+    report = pipeline["root"]["dag"]["tasks"]["report"]
+    assert report["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}, "whatever becomes of the cells"
+
+
 def test_compiling_a_study_needs_no_torch() -> None:
-    named = ", ".join(f"pipelines.{study}" for study in STUDIES)
+    named = ", ".join(f"pipelines.{study}" for study in (*STUDIES, "cloning"))
     program = f"import sys, {named}; assert not {{'torch', 'mlflow', 'procgen'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
@@ -49,6 +67,7 @@ def test_compiling_a_study_needs_no_torch() -> None:
     ("arguments", "message"),
     [
         (["compile", "coinrun", "--seeds", "1"], "--seeds and --variant are for studies"),
+        (["compile", "scaling", "--model", "world"], "--model is for cloning"),
         (["report", "lam_inputs", "--state", "nowhere"], "there is no MLflow store"),
         (["report", "lam_inputs", "--tracking-uri", "sqlite:///empty.db"], "no experiment 'genie'"),
     ],
@@ -95,3 +114,27 @@ def test_a_study_runs_cell_by_cell_and_is_reported_from_mlflow_alone(tmp_path: P
     assert again.returncode == 0, again.stdout + again.stderr
     assert "done in" not in again.stdout
     assert len(client.search_runs([experiment.experiment_id])) == len(runs)
+
+
+def test_cloning_runs_on_a_trained_world_and_is_reported(tmp_path: Path, tiny_model_uri: str) -> None:
+    store = ["--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    asked = ["run", "cloning", "--preset", "tiny", "--variant", "easy", "--seeds", "0", "--state", "state"]
+    failed = pipelines(*asked, "--model", "nowhere", *store, cwd=tmp_path)
+    assert failed.returncode == 1
+    assert "[find-world] error: no model at nowhere" in failed.stdout
+    done = pipelines(*asked, "--model", tiny_model_uri, *store, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "train-world" not in done.stdout
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("genie")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    (study,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    (cell,) = (run for run in runs if "variant" in run.data.tags)
+    assert [cell.data.tags[name] for name in ("variant", "seed", "preset")] == ["easy", "0", "tiny"]
+    assert cell.data.tags["mlflow.parentRunId"] == study.info.run_id
+    assert {"solved_latent_0", "solved_latent_20", "solved_oracle", "solved_expert"} <= set(cell.data.metrics)
+    steps = {run.info.run_name for run in runs if run.data.tags.get("mlflow.parentRunId") == cell.info.run_id}
+    assert steps == {"demonstrate", "train-policy-latent", "train-policy-oracle", "evaluate-policies"}
+    assert {file.path for file in client.list_artifacts(study.info.run_id)} >= {"report.md", "curve.png"}
+    assert "8 policy steps of 2 clips" in study.data.tags["mlflow.note.content"]
