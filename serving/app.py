@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from serving.access import Access
 from serving.clients import Clients, Door
 from serving.engine import Engine
 from serving.errors import UploadTooLargeError, UploadTooSlowError, install_error_handlers
-from serving.live import live
+from serving.live import live, play
 from serving.metrics import Metrics
 from serving.model import ModelSource, model_source
 from serving.routes import health, v1
@@ -55,8 +56,14 @@ def create_app(settings: Settings | None = None, source: ModelSource | None = No
         engine.close()
 
     body_bytes = settings.max_upload_bytes * 4 // 3 + _FORM_BYTES  # a data URL takes four letters for three bytes
-    app = FastAPI(title="Genie", summary="Play a world learned from video", version=version("genie-platform"),
-                  lifespan=lifespan, form_limits={"max_part_size": body_bytes})  # fmt: skip
+    app = FastAPI(
+        title="Genie",
+        summary="Play a world learned from video",
+        description=f"`WS /v1/sessions/{{session_id}}/play`: {inspect.getdoc(play)}",
+        version=version("genie-platform"),
+        lifespan=lifespan,
+        form_limits={"max_part_size": body_bytes},
+    )
     app.state.settings, app.state.engine, app.state.metrics, app.state.clients = settings, engine, metrics, clients
     # The last one that is added is the first one that a request meets.
     app.add_middleware(BodyLimit, max_bytes=body_bytes, max_seconds=settings.max_upload_seconds)

@@ -104,7 +104,12 @@ async def get_session(session_id: SessionId, engine: EngineDep, client: ClientDe
 SessionDep = Annotated[Session, Depends(get_session)]
 
 
-@health.get("/healthz", responses={500: _PROBLEM})
+_ALIVE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {"example": {"status": "alive"}}}, "description": "it lives"}
+}
+
+
+@health.get("/healthz", responses={**_ALIVE, 500: _PROBLEM})
 async def healthz(request: Request) -> dict[str, str]:
     """The process lives, and can step worlds: where not, it has to be started anew."""
     if any(task.done() for task in request.app.state.tasks):
@@ -118,7 +123,12 @@ async def readyz(engine: EngineDep) -> Ready:
     return Ready(model=engine.model.info, sessions=engine.num_sessions, problem=engine.models.problem)
 
 
-@health.get("/metrics", response_class=PlainTextResponse)
+_SCRAPED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {"example": "genie_sessions 3.0"}}, "description": "Prometheus's text"}
+}
+
+
+@health.get("/metrics", response_class=PlainTextResponse, responses=_SCRAPED)
 async def metrics(request: Request, engine: EngineDep) -> PlainTextResponse:
     """What Prometheus scrapes."""
     found: Metrics = request.app.state.metrics
