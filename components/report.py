@@ -13,7 +13,7 @@ def report(
     study: dict,
     page: dsl.Output[dsl.HTML],
 ) -> str:
-    """Compares the finished cells: table, plots and model card. Fails, once it is made, where a cell is missing."""
+    """Compares the finished cells: table, plots and a page. Fails, once it is made, where a cell is missing."""
     from pathlib import Path
 
     from genie_model.tracking import record_report, step

@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tracking-uri", default="", help="MLflow server (default: MLFLOW_TRACKING_URI)")
     command.add_argument("--experiment", default="genie", help="MLflow experiment (default: genie)")
     command.add_argument("--state", default=".genie", help="folder whose MLflow store is read if no server is named")
-    command.add_argument("--output", default="build", help="folder for NAME.html, NAME.md and plots (default: build)")
+    command.add_argument("--output", default="build", help="folder for NAME.html and NAME.md (default: build)")
     return parser
 
 

@@ -49,9 +49,9 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         """What a slow reader was not sent yet waits where a newer frame can take its place (live.Outbox)."""
-        super().handle_websocket_upgrade()
         self.transport.set_write_buffer_limits(high=0)
         self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT_BYTES)
+        super().handle_websocket_upgrade()
 
     def _too_many(self) -> str:
         """Why it is one; or nothing. Those that were refused do not count."""

@@ -23,7 +23,6 @@ class UnfinishedStudyError(ValueError):
 
 class Reported(NamedTuple):
     comparison: Comparison
-    run_id: str
     unfinished: list[str]
 
 
@@ -87,7 +86,7 @@ def report(name: str, client: MlflowClient, run_id: str) -> Reported:
         notes.append(f"Not finished, and not in the table: {'; '.join(unfinished)}. The same run again makes them.")
     if len(commits) > 1:
         notes.append(f"Cells were made by different code: {', '.join(sorted(c[:8] for c in commits))}.")
-    return Reported(compare(study(name), found, notes), run_id, unfinished)
+    return Reported(compare(study(name), found, notes), unfinished)
 
 
 def newest_study(name: str, client: MlflowClient, experiment: str) -> str:
@@ -104,7 +103,7 @@ def newest_study(name: str, client: MlflowClient, experiment: str) -> str:
 
 
 def record_report(name: str, run: StepRun) -> Comparison:
-    """Makes the report of the study that `run` is a step of, and keeps it there: page, table, plots and model card.
+    """Makes the report of the study that `run` is a step of, and keeps it there: page, table, plots, and the note.
 
     Raises UnfinishedStudyError, once it is kept, when a cell has failed.
     """

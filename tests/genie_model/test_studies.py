@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+import pipelines.local
 from genie_model.comparison import PowerLaw, Spread, compare
 from genie_model.presets import get_preset
 from genie_model.studies import STUDIES, cells, study, tokenizer_parameters
@@ -122,3 +123,7 @@ def test_a_comparison_shows_what_was_measured_beside_the_paper() -> None:
     assert made.html().count("data:image/png;base64,") == 2
     with pytest.raises(ValueError, match="no cell"):
         compare(STUDIES["scaling"], {"batch 1": []})
+
+
+def test_every_study_is_a_pipeline() -> None:
+    assert set(STUDIES) == set(pipelines.local.STUDIES), "which may not import what this needs"
