@@ -35,7 +35,7 @@ from serving.errors import (
     TooManySessionsOfClientError,
     UnknownSessionError,
 )
-from serving.images import Pixels, frame_from_png
+from serving.images import Picture, Pixels, frame_from_png, picture_of
 from serving.metrics import Metrics
 from serving.model import LoadedModel, ModelSource
 from serving.models import Models
@@ -144,9 +144,9 @@ class Engine:
             if model is None:
                 model = await self._load(self._loaders, partial(self.models.of_session, record.model))
             sampling, steps = SamplingConfig.model_validate_json(record.sampling), length - 1
-            prompt_HWC = frame_from_png(record.prompt)
-            found = Session(record.id, model, record.seed, sampling, prompt_HWC, steps, owner=client.name)
-            found.frame_HWC = (await self.frames(found, steps, steps + 1))[0]
+            prompt = Picture(frame_from_png(record.prompt), record.prompt)
+            found = Session(record.id, model, record.seed, sampling, prompt, steps, owner=client.name)
+            found.picture = picture_of((await self.frames(found, steps, steps + 1))[0])
         self._sessions[session_id] = found
         return found
 
@@ -197,7 +197,7 @@ class Engine:
     ) -> Session:
         """A world that starts at `frame_HWC`: uint8, of the model's frame size. Raises TooManySessionsError."""
         seed = secrets.randbelow(2**31) if seed is None else seed
-        session = Session(secrets.token_urlsafe(12), model, seed, sampling, frame_HWC, owner=client.name)
+        session = Session(secrets.token_urlsafe(12), model, seed, sampling, picture_of(frame_HWC), owner=client.name)
         with self._place(client):
             await self._worker.run_behind(partial(self._keeper.begin, session))
         self._sessions[session.id] = session
@@ -205,8 +205,8 @@ class Engine:
 
     async def step(
         self, session_id: str, actions: list[int], client: Client, expected: int | None = None
-    ) -> tuple[Session, int, Pixels]:
-        """Takes the actions, one after another: the session, its steps by then, and the frame (H, W, 3) they led to.
+    ) -> tuple[Session, int, Picture]:
+        """Takes the actions, one after another: the session, its steps by then, and the frame they led to.
 
         `expected` is the number that the first of them is to get. Sent again after a lost answer, no step is taken
         twice, whichever process took it: what was taken already counts, the rest is taken. Raises UnknownSessionError,
@@ -224,7 +224,7 @@ class Engine:
         session = await self.session(session_id, client)  # as another process left it
         return session, *await self._step(session, actions, expected)
 
-    async def _step(self, session: Session, actions: list[int], expected: int | None) -> tuple[int, Pixels]:
+    async def _step(self, session: Session, actions: list[int], expected: int | None) -> tuple[int, Picture]:
         num_actions = session.model.info.num_actions
         for action in actions:
             if not 0 <= action < num_actions:
@@ -245,7 +245,7 @@ class Engine:
                     await self._wake(session)
                 for action in actions[taken:]:
                     await self.passes.step(session, action)
-                return session.steps, session.frame_HWC
+                return session.steps, session.picture
         except TimeoutError:
             raise SlowStepError("the step took too long: send it again, with its number") from None
         finally:
@@ -334,7 +334,7 @@ class Engine:
         """Frames start..stop of the session's past, frame 0 being the prompt: uint8 (T, H, W, 3)."""
         if not 0 <= start < stop <= session.steps + 1:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {start} to {stop - 1}")
-        frames_THWC = np.empty((stop - start, *session.frame_HWC.shape), np.uint8)
+        frames_THWC = np.empty((stop - start, *session.picture.frame_HWC.shape), np.uint8)
         pieces, painted = self._keeper.painting(session, start, stop), 0
         with self._in_store(session):
             while (piece := await self._worker.run_behind(partial(next, pieces, None))) is not None:
@@ -349,7 +349,7 @@ class Engine:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {t}")
         with self._place(client):
             (frame_HWC,) = await self.frames(session, t, t + 1)
-            of_session = session.model, session.seed, session.sampling, frame_HWC
+            of_session = session.model, session.seed, session.sampling, picture_of(frame_HWC)
             branch = Session(secrets.token_urlsafe(12), *of_session, steps=t, owner=client.name)
             with self._in_store(session):
                 await self._in_pieces(self._keeper.branching(session, branch))

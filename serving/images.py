@@ -7,6 +7,7 @@ import io
 import math
 import struct
 import zlib
+from dataclasses import dataclass
 from typing import Literal
 
 import av
@@ -32,6 +33,26 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _MP4_HEIGHT = 256  # at least
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A frame as it is, and as most are sent it."""
+
+    frame_HWC: Pixels
+    png: bytes
+
+    def packed(self, file_format: str) -> bytes:
+        """As "png", "webp" or "jpeg"."""
+        if file_format == "png":
+            return self.png
+        buffer = io.BytesIO()
+        Image.fromarray(self.frame_HWC).save(buffer, file_format, quality=90)
+        return buffer.getvalue()
+
+
+def picture_of(frame_HWC: Pixels) -> Picture:
+    return Picture(frame_HWC, png(frame_HWC))
 
 
 def frame_from_upload(upload: bytes, height: int, width: int, max_pixels: int) -> Pixels:
@@ -97,19 +118,23 @@ def frame_from_sketch(sketch: Sketch, height: int, width: int) -> Pixels:
 
 
 def png(frame_HWC: Pixels) -> bytes:
-    """A uint8 frame as PNG; packed lightly, since it is sent once and at once."""
-    buffer = io.BytesIO()
-    Image.fromarray(frame_HWC).save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)
-    return buffer.getvalue()
+    """A uint8 frame as PNG; packed lightly, since it is sent once and at once.
+
+    Pillow tries all of PNG's filters on every row: it would take 2.4 times as long, for files 10% smaller.
+    """
+    height, width, _ = frame_HWC.shape
+    rows = np.empty((height, 1 + 3 * width), np.uint8)
+    rows[:, 0] = 1  # filter "Sub": each pixel's difference from the one to its left
+    rows[:, 1:4] = frame_HWC[:, 0]
+    np.subtract(frame_HWC[:, 1:], frame_HWC[:, :-1], out=rows[:, 4:].reshape(height, width - 1, 3))
+    packer = zlib.compressobj(1, strategy=zlib.Z_HUFFMAN_ONLY)
+    data = packer.compress(rows.data) + packer.flush()
+    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits of each colour
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 
 
-def packed(frame_HWC: Pixels, picture: str) -> bytes:
-    """A uint8 frame as "png", "webp" or "jpeg"."""
-    if picture == "png":
-        return png(frame_HWC)
-    buffer = io.BytesIO()
-    Image.fromarray(frame_HWC).save(buffer, picture, quality=90)
-    return buffer.getvalue()
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def frame_from_png(packed: bytes) -> Pixels:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from weakref import WeakSet
 
 from serving.errors import PassFailedError, ServiceError, SessionMovedError, SlowStepError, StoreError
-from serving.images import Pixels
+from serving.images import Picture
 from serving.metrics import Metrics
 from serving.sessions import ELSEWHERE, Keeper, Session
 from serving.settings import Settings
@@ -138,13 +138,13 @@ class Passes:
             return
         sessions, actions = [step.session for step in batch], [step.action for step in batch]
         loop, began = asyncio.get_running_loop(), time.perf_counter()
-        frames: asyncio.Future[list[Pixels | None]] = loop.create_future()
+        frames: asyncio.Future[list[Picture | None]] = loop.create_future()
 
-        def shown(found: list[Pixels | None]) -> None:
+        def shown(found: list[Picture | None]) -> None:
             if not frames.done():  # else the service ends
                 frames.set_result(found)
 
-        def show(found: list[Pixels | None]) -> None:  # in the worker's thread
+        def show(found: list[Picture | None]) -> None:  # in the worker's thread
             loop.call_soon_threadsafe(shown, found)
 
         working = asyncio.ensure_future(self._worker.run(partial(self._keeper.step, sessions, actions, show)))
@@ -166,11 +166,11 @@ class Passes:
             return
         self._passed, self._ended = WeakSet(sessions), time.perf_counter()
         self._measured(batch, began, self._ended)
-        for step, frame_HWC in zip(batch, frames.result(), strict=True):
-            if frame_HWC is None:
+        for step, picture in zip(batch, frames.result(), strict=True):
+            if picture is None:
                 self._forget(step, SessionMovedError(ELSEWHERE))
                 continue
-            step.session.frame_HWC = frame_HWC
+            step.session.picture = picture
             step.session.steps += 1
             step.session.last_used = time.monotonic()
             if not step.done.done():  # its player may have gone

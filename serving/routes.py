@@ -20,11 +20,12 @@ from serving.engine import Engine
 from serving.errors import BadRequestError, ServiceError, UnknownStartFrameError, UploadTooLargeError
 from serving.images import (
     Animation,
+    Picture,
     Pixels,
     frame_from_data_url,
     frame_from_sketch,
     frame_from_upload,
-    png,
+    picture_of,
     png_data_url,
 )
 from serving.metrics import Metrics
@@ -322,7 +323,7 @@ async def get_session_info(session: SessionDep) -> SessionInfo:
 @v1.get("/sessions/{session_id}/frame", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
 async def frame(session: SessionDep) -> Response:
     """The newest frame as PNG."""
-    return _frame_response(session.steps, session.frame_HWC)
+    return _frame_response(session.steps, session.picture)
 
 
 @v1.post("/sessions/{session_id}/step", response_class=Response, responses=_STEPPED)  # type: ignore[arg-type]
@@ -332,9 +333,9 @@ async def step(
     """Takes one action, or several, and answers with the frame they lead to as PNG."""
     clients.count_steps(client, len(body.taken))
     began = time.perf_counter()
-    _, steps, frame_HWC = await engine.step(session_id, body.taken, client, body.step)
+    _, steps, picture = await engine.step(session_id, body.taken, client, body.step)
     milliseconds = (time.perf_counter() - began) * 1000
-    return _frame_response(steps, frame_HWC, **{"Server-Timing": f"step;dur={milliseconds:.1f}"})
+    return _frame_response(steps, picture, **{"Server-Timing": f"step;dur={milliseconds:.1f}"})
 
 
 @v1.get("/sessions/{session_id}/previews")
@@ -354,7 +355,7 @@ async def previews(
 @v1.get("/sessions/{session_id}/frames/{t}", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
 async def past_frame(session: SessionDep, engine: EngineDep, t: Annotated[int, Path(ge=0, examples=[0])]) -> Response:
     """Any frame of the session's past as PNG; frame 0 is the prompt."""
-    return _frame_response(t, (await engine.frames(session, t, t + 1))[0])
+    return _frame_response(t, picture_of((await engine.frames(session, t, t + 1))[0]))
 
 
 @v1.get("/sessions/{session_id}/animation.{kind}", response_class=Response, responses=_ANIMATION)  # type: ignore[arg-type]
@@ -410,6 +411,6 @@ def _start_frame(model: LoadedModel, name: str) -> bytes:
     return model.start_frames[name]
 
 
-def _frame_response(steps: int, frame_HWC: Pixels, **headers: str) -> Response:
+def _frame_response(steps: int, picture: Picture, **headers: str) -> Response:
     headers = {"X-Steps": str(steps), "Cache-Control": "no-store", **headers}
-    return Response(png(frame_HWC), media_type="image/png", headers=headers)
+    return Response(picture.png, media_type="image/png", headers=headers)

@@ -15,7 +15,7 @@ from genie_model.config import SamplingConfig
 from genie_model.genie import NO_ACTION, PlayState
 from serving import worlds
 from serving.errors import UnknownSessionError
-from serving.images import Pixels, frame_from_png, png
+from serving.images import Picture, Pixels, frame_from_png, picture_of
 from serving.model import LoadedModel
 from serving.schemas import SessionInfo
 from serving.store import Frame, SessionRecord, SessionStore
@@ -35,7 +35,7 @@ class Session:
     model: LoadedModel
     seed: int
     sampling: SamplingConfig
-    frame_HWC: Pixels
+    picture: Picture  # the newest frame
     steps: int = 0
     owner: str = ""  # the client among whose sessions it counts
     world: World | None = None  # None: parked, its frames are in the store
@@ -65,16 +65,17 @@ class Keeper:
 
     def begin(self, session: Session) -> None:
         """Starts its world at its frame."""
-        prompt_BTHWC = torch.from_numpy(session.frame_HWC.copy())[None, None]
+        prompt_BTHWC = torch.from_numpy(session.picture.frame_HWC.copy())[None, None]
         session.world = World(session.model.genie.start(prompt_BTHWC, seed=session.seed))
         first = Frame(session.id, 0, NO_ACTION, session.world.state.codes_BNC[0].cpu().numpy())
-        self.store.create(self._record(session, png(session.frame_HWC)), [first])
+        self.store.create(self._record(session, session.picture.png), [first])
 
-    def step(self, sessions: list[Session], actions: list[int], show: Callable[[list[Pixels | None]], object]) -> None:
+    def step(self, sessions: list[Session], actions: list[int], show: Callable[[list[Picture | None]], object]) -> None:
         """One pass for sessions of one model that sample alike: each one's next frame, in the store before it is shown.
 
         None for a session that ended, or that another process stepped meanwhile. `steps` are not moved on. What the
-        next pass will need of these frames is computed once they are shown.
+        next pass will need of these frames is computed once they are shown; they are packed before, for then the event
+        loop has less to do beside the model, which it would hold up.
         """
         awake = []
         for session, action in zip(sessions, actions, strict=True):
@@ -92,7 +93,9 @@ class Keeper:
         ]
         kept = self.store.append(frames)
         seen = {
-            session: frame_HWC for (session, *_), (frame_HWC, _), mine in zip(awake, found, kept, strict=True) if mine
+            session: picture_of(frame_HWC)
+            for (session, *_), (frame_HWC, _), mine in zip(awake, found, kept, strict=True)
+            if mine
         }
         show([seen.get(session) for session in sessions])
         worlds.remember(genie, [world for *_, world in awake])

@@ -120,7 +120,7 @@ def test_two_versions_take_the_same_actions_from_the_same_prompt(
     played, beside = engine._sessions.values()
     assert {played.model.info.version, beside.model.info.version} == {"3", "1"}
     assert (played.steps, played.seed, played.sampling) == (beside.steps, beside.seed, beside.sampling)
-    assert (shown(browser) == played.frame_HWC).all()
+    assert (shown(browser) == played.picture.frame_HWC).all()
     browser.evaluate("document.querySelector('#beside-film [data-t=\"0\"]').click()")
     together(browser, 0)
     browser.press("R")

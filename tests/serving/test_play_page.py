@@ -168,7 +168,7 @@ def test_the_past_is_looked_at_and_branched_from(page: Chromium, engine: Engine)
     for t in range(3):
         kept = page.evaluate(FETCH_FRAME % (new, t))
         assert (pixels(base64.b64decode(kept.partition(",")[2])) == frames[t]).all()
-    assert (shown(page) == engine._sessions[new].frame_HWC).all()
+    assert (shown(page) == engine._sessions[new].picture.frame_HWC).all()
     assert (shown(page) != frames[3]).any()
     step_to(page, "4", 4)
 
@@ -250,7 +250,7 @@ def test_a_step_whose_answer_is_lost_is_not_taken_twice(page: Chromium, engine: 
     assert page.evaluate("window.asked") == 2
     (session,) = engine._sessions.values()
     assert session.steps == 1
-    assert (shown(page) == session.frame_HWC).all()
+    assert (shown(page) == session.picture.frame_HWC).all()
 
 
 def test_a_world_that_has_ended_begins_anew(page: Chromium, engine: Engine) -> None:
@@ -291,6 +291,6 @@ def test_play_goes_on_after_the_service_was_away(model_folder: Path, browser: Ch
         browser.wait_until(PREVIEWED)
         step_to(browser, "1", 5)
         assert {id: session.steps for id, session in engine._sessions.items()} == {session_id: 5}
-        assert (shown(browser) == engine._sessions[session_id].frame_HWC).all()
+        assert (shown(browser) == engine._sessions[session_id].picture.frame_HWC).all()
         assert all("ERR_CONNECTION_REFUSED" in error for error in browser.errors), browser.errors
         browser.open("about:blank")

@@ -23,7 +23,7 @@ from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from serving.images import frame_from_upload
+from serving.images import frame_from_upload, png
 
 Serve = Callable[..., TestClient]
 
@@ -173,6 +173,14 @@ def test_a_large_photograph_looks_the_same_though_little_of_it_is_decoded() -> N
         frame_from_upload(data, 64, 64, 10**8) for data in (buffer.getvalue(), picture(np.asarray(photo)))
     )
     assert np.abs(found.astype(int) - expected).max() < 12
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 3), (90, 160, 3), (3, 1, 3)])
+def test_what_is_packed_as_png_reads_as_it_was(shape: tuple[int, int, int]) -> None:
+    frame_HWC = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    with Image.open(io.BytesIO(png(frame_HWC))) as found:
+        assert found.mode == "RGB"
+        assert (np.array(found) == frame_HWC).all()
 
 
 def test_a_session_has_few_connections(serve: Serve) -> None:
