@@ -20,5 +20,5 @@ def find_world(
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
     with step("find-world", preset, overrides, **where) as run:
         load_config(model_uri)
-        run.params({"model_uri": model_uri})
+        run.made("world", model_uri)
     return model_uri

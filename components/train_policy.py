@@ -22,4 +22,5 @@ def train_policy(
     name = "train-policy-latent" if model_uri else "train-policy-oracle"
     with step(name, preset, overrides, **where) as run:
         policy_uri = train(run.config, demonstrations_uri, root_uri, model_uri, run)
+        run.made("policy" if model_uri else "oracle", policy_uri)
     return policy_uri

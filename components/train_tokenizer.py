@@ -21,4 +21,5 @@ def train_tokenizer(
     with step("train-tokenizer", preset, overrides, **where) as run:
         run.dataset(data_uri)
         tokenizer_uri = train(run.config, data_uri, root_uri, run)
+        run.made("tokenizer", tokenizer_uri)
     return tokenizer_uri

@@ -22,4 +22,5 @@ def train_world(
     with step("train-world", preset, overrides, **where) as run:
         run.dataset(data_uri)
         model_uri = train(run.config, data_uri, tokenizer_uri, root_uri, run)
+        run.made("world", model_uri)
     return model_uri

@@ -64,9 +64,11 @@ class Comparison(NamedTuple):
     notes: list[str]
     pictures: dict[str, NDArray[np.uint8]]
 
-    def markdown(self) -> str:
-        parts = [f"# {self.title}", _markdown(self.table), *(f"- {note}" for note in self.notes)]
-        return "\n\n".join([*parts[:2], "\n".join(parts[2:]), "## In the paper", _markdown(self.paper)]) + "\n"
+    def markdown(self, shown: str = "") -> str:
+        """With the pictures, where they lie as `shown`, which has braces for a picture's name."""
+        parts = [f"# {self.title}", markdown_table(self.table), "\n".join(f"- {note}" for note in self.notes)]
+        parts += [f"![{name}]({shown.format(name)})" for name in self.pictures if shown]
+        return "\n\n".join([*parts, "## In the paper", markdown_table(self.paper)]) + "\n"
 
     def html(self) -> str:
         notes = "".join(f"<li>{html.escape(note)}" for note in self.notes)
@@ -140,7 +142,7 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
-def _markdown(rows: Sequence[Row]) -> str:
+def markdown_table(rows: Sequence[Row]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 

@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from genie_model.config import Config
 from genie_model.presets import get_preset, preset_names
@@ -27,6 +27,9 @@ from pipelines.local import (
     run_locally,
     say,
 )
+
+if TYPE_CHECKING:
+    from genie_model.tracking import Reported
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -165,16 +168,26 @@ def _report(args: argparse.Namespace) -> int:
         if named == f"sqlite:///{own}" and not own.exists():
             raise ValueError(f"there is no MLflow store at {own}: name a server with --tracking-uri")
         client = connect(named)
-        comparison = report(args.pipeline, client, newest_study(args.pipeline, client, args.experiment)).comparison
+        found = report(args.pipeline, client, newest_study(args.pipeline, client, args.experiment))
     except ValueError as error:
         return _refuse(str(error), 1)
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    for ending, text in (("html", comparison.html()), ("md", comparison.markdown())):
-        (folder / f"{args.pipeline}.{ending}").write_text(text)
-    print(comparison.markdown())
-    say(f"written to {folder / args.pipeline}.html and .md")
+    _write_report(found, args.pipeline, Path(args.output))
     return 0
+
+
+def _write_report(found: Reported, name: str, folder: Path) -> None:
+    from PIL import Image
+
+    comparison = found.comparison
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture, image_HWC in comparison.pictures.items():
+        Image.fromarray(image_HWC).save(folder / f"{name}_{picture}.png")
+    files = {f"{name}.html": comparison.html(), f"{name}_model_card.md": found.card}
+    files[f"{name}.md"] = comparison.markdown(f"{name}_{{}}.png")
+    for file, text in files.items():
+        (folder / file).write_text(text)
+    print(files[f"{name}.md"])
+    say(f"written to {folder}: {', '.join(files)} and its pictures")
 
 
 def _run_pipeline(args: argparse.Namespace, config: Config, state: Path, tracking_uri: str) -> None:

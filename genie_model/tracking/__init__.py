@@ -14,11 +14,12 @@ from genie_model.tracking.registry import (
     versions,
 )
 from genie_model.tracking.runs import StepRun, connect, step
-from genie_model.tracking.studies import newest_study, plan, record_report, report
+from genie_model.tracking.studies import Reported, newest_study, plan, record_report, report
 
 __all__ = [
     "Decision",
     "ModelVersion",
+    "Reported",
     "StepRun",
     "champion",
     "connect",

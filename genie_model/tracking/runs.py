@@ -46,6 +46,7 @@ from genie_model.config import Config
 from genie_model.describe import sizes
 from genie_model.presets import get_preset
 from genie_model.progress import RUNNER_VARIABLE
+from genie_model.tracking.card import MADE
 
 _FLUSH_SECONDS = 5.0
 _BATCH = 1000  # MLflow's limit on metrics in one request
@@ -132,6 +133,11 @@ class StepRun:
         """What the whole pipeline run came to: metrics of the run above this step's."""
         now_ms = int(time.time() * 1000)
         self.client.log_batch(self.parent_id, [Metric(name, float(value), now_ms, 0) for name, value in values.items()])
+
+    def made(self, what: str, uri: str) -> None:
+        """Tells where it lies, here and in the run above this step's."""
+        for run_id in (self.run_id, self.parent_id):
+            self.client.set_tag(run_id, f"{MADE}{what}", uri)
 
     def flush(self) -> None:
         """Sends the metrics that wait."""

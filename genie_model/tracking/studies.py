@@ -12,6 +12,7 @@ from mlflow.entities import Run
 from genie_model.comparison import Comparison, compare
 from genie_model.progress import summary
 from genie_model.studies import cells, study
+from genie_model.tracking.card import model_card
 from genie_model.tracking.runs import StepRun
 
 _CELLS = "genie.cells"  # a study's tag: those that were ever asked for
@@ -23,6 +24,7 @@ class UnfinishedStudyError(ValueError):
 
 class Reported(NamedTuple):
     comparison: Comparison
+    card: str
     unfinished: list[str]
 
 
@@ -70,11 +72,12 @@ def report(name: str, client: MlflowClient, run_id: str) -> Reported:
     for run in client.search_runs([own.info.experiment_id], below, order_by=["attributes.start_time"]):
         newest[run.data.tags["variant"], int(run.data.tags["seed"])] = run
     found = dict[str, list[dict[str, float]]]()
-    unfinished, commits = [], set[str]()
+    finished, unfinished, commits = [], [], set[str]()
     for variant, seed in _planned(own):
         found.setdefault(variant, [])
         cell = newest.get((variant, seed))
         if cell and cell.info.status == "FINISHED":
+            finished.append(cell)
             found[variant].append(cell.data.metrics)
             commits.add(cell.data.tags.get("mlflow.source.git.commit", "unknown"))
         else:
@@ -86,7 +89,8 @@ def report(name: str, client: MlflowClient, run_id: str) -> Reported:
         notes.append(f"Not finished, and not in the table: {'; '.join(unfinished)}. The same run again makes them.")
     if len(commits) > 1:
         notes.append(f"Cells were made by different code: {', '.join(sorted(c[:8] for c in commits))}.")
-    return Reported(compare(study(name), found, notes), unfinished)
+    comparison = compare(study(name), found, notes)
+    return Reported(comparison, model_card(study(name), name, own, finished), unfinished)
 
 
 def newest_study(name: str, client: MlflowClient, experiment: str) -> str:
@@ -103,7 +107,7 @@ def newest_study(name: str, client: MlflowClient, experiment: str) -> str:
 
 
 def record_report(name: str, run: StepRun) -> Comparison:
-    """Makes the report of the study that `run` is a step of, and keeps it there: page, table, plots, and the note.
+    """Makes the report of the study that `run` is a step of, and keeps it there: page, table, plots, card, the note.
 
     Raises UnfinishedStudyError, once it is kept, when a cell has failed.
     """
@@ -111,9 +115,10 @@ def record_report(name: str, run: StepRun) -> Comparison:
     text = found.comparison.markdown()
     client.log_text(run.parent_id, found.comparison.html(), "report.html")
     client.log_text(run.parent_id, text, "report.md")
+    client.log_text(run.parent_id, found.card, "model_card.md")
     for picture, image_HWC in found.comparison.pictures.items():
         client.log_image(run.parent_id, image_HWC, artifact_file=f"{picture}.png")
-    client.set_tag(run.parent_id, "mlflow.note.content", text)
+    client.set_tag(run.parent_id, "mlflow.note.content", f"{text}\n{found.card}")
     if found.unfinished:
         raise UnfinishedStudyError(f"not finished: {'; '.join(found.unfinished)}; run the study again to make them")
     summary("report", f"{found.comparison.title}: {len(found.comparison.table) - 1} variants")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from genie_model.presets import get_preset
 from genie_model.tracking import newest_study, plan, record_report, report, step
 from genie_model.tracking.studies import UnfinishedStudyError
 
@@ -35,6 +37,7 @@ def run_cell(cell: dict[str, Any], delta_psnr: float | None) -> None:
     with step("train-world", "tiny", cell["overrides"], **where) as run:
         for number in range(10):
             run.metrics({"dynamics/cross_entropy": 10.0 - number}, number)
+        run.made("world", f"models/{cell['overrides'][-1]}")
         if delta_psnr is None:
             raise ValueError("the loss is nan")
     with step("evaluate", "tiny", cell["overrides"], **where, ends_pipeline=True) as run:
@@ -65,8 +68,33 @@ def test_cells_nest_below_their_study_and_carry_what_they_are_compared_by(client
         assert run.data.metrics["parameters"] > run.data.metrics["parameters_dynamics"] > 0
         assert run.data.metrics["peak_memory_mb_train_world"] > 10
     assert client.get_run(study_id).info.status == "FINISHED"
-    assert {file.path for file in client.list_artifacts(study_id)} >= {"report.html", "report.md", "comparison.png"}
-    assert report("lam_inputs", client, study_id).comparison.markdown() == text, "from MLflow alone"
+    assert {file.path for file in client.list_artifacts(study_id)} >= {
+        "report.html",
+        "report.md",
+        "model_card.md",
+        "comparison.png",
+    }
+    again = report("lam_inputs", client, study_id)
+    assert again.comparison.markdown() == text, "from MLflow alone"
+    assert client.get_run(study_id).data.tags["mlflow.note.content"] == f"{text}\n{again.card}"
+
+
+def test_the_card_tells_what_each_model_is_and_how_to_make_it_again(client: MlflowClient) -> None:
+    overrides = ["train_world.steps=3", "cloning.labelled=[0,50]"]
+    with step("plan", "tiny", overrides, **WHERE, study={"name": "lam_inputs"}) as run:
+        asked = plan("lam_inputs", "tiny", overrides, [4], ["pixels"], [], "data", run)
+    run_cell(asked[0], 1.0)
+    card = report("lam_inputs", client, newest_study("lam_inputs", client, "studies")).card
+    (model,) = (line for line in card.splitlines() if line.startswith("| pixels | 4 |"))
+    assert "`models/seed=4`" in model
+    assert "- world: 3 steps of " in card
+    command = card.partition("```sh\n")[2].partition("\n```")[0]
+    given = shlex.split(command)
+    assert given[:7] == ["python", "-m", "pipelines", "run", "lam_inputs", "--preset", "tiny"]
+    assert given[7:9] == ["--seeds", "4"]
+    assert given[9:11] == ["--variant", "pixels"]
+    same = get_preset("tiny").with_overrides(*given[12::2])
+    assert same == get_preset("tiny").with_overrides(*overrides)
 
 
 def test_one_cell_of_each_tokenizer() -> None:
