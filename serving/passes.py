@@ -118,13 +118,17 @@ class Passes:
 
     async def _gather(self) -> None:
         """Waits a moment for players who just got a frame: their next step would come right after the pass began."""
-        while self._steps and time.perf_counter() - self._ended < _GATHER_SECONDS:
-            waiting = {step.session for step in self._steps}
-            to_come = (session for session in self._passed if session not in waiting and self._share(session))
-            if not any(map(self._is_open, to_come)):
-                return
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._another(), self._ended + _GATHER_SECONDS - time.perf_counter())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._ended + _GATHER_SECONDS - time.perf_counter()):
+                while self._to_come():
+                    await self._another()
+
+    def _to_come(self) -> bool:
+        """Whether one of them may send a step that shares the next pass."""
+        waiting = {step.session for step in self._steps}
+        return bool(waiting) and any(
+            session not in waiting and self._is_open(session) and self._share(session) for session in self._passed
+        )
 
     async def _pass(self) -> None:
         """One pass of the model, for the first that waits and all that can share it."""
