@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import defaultdict, deque
@@ -137,13 +138,15 @@ def locked(state: Path) -> Iterator[None]:
 
 
 def interrupt_on_signals() -> None:
-    """SIGTERM and a closed terminal end a run as Ctrl-C does."""
+    """SIGTERM and a closed terminal end a run as Ctrl-C does, and all three end its steps at once."""
 
     def interrupt(signum: int, frame: object) -> None:
+        threading.Thread(target=_keep_ending_steps, daemon=True).start()
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGHUP, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what runs behind
+            signal.signal(number, interrupt)
 
 
 class _Screen(io.TextIOBase):
@@ -223,6 +226,13 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _keep_ending_steps() -> None:
+    """kfp.local would first run all cells of a loop to their end, those too that have not begun."""
+    while True:
+        _end_steps()
+        time.sleep(0.2)
+
+
 def _end_steps() -> None:
     """Waits for the interrupted steps to record their end; kills those that take too long."""
     steps = []
@@ -232,7 +242,8 @@ def _end_steps() -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
     for late in psutil.wait_procs(steps, timeout=20)[1]:
-        late.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            late.kill()
 
 
 def _code_digest() -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ("lam_inputs", "tokenizers", "scaling")
@@ -114,6 +117,30 @@ def test_a_study_runs_cell_by_cell_and_is_reported_from_mlflow_alone(tmp_path: P
     assert again.returncode == 0, again.stdout + again.stderr
     assert "done in" not in again.stdout
     assert len(client.search_runs([experiment.experiment_id])) == len(runs)
+
+
+def test_ctrl_c_stops_all_cells_those_too_that_have_not_begun(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    command = [sys.executable, "-m", "pipelines", "run", "lam_inputs", "--preset", "tiny", "--tracking-uri", store]
+    command += ["--seeds", "0", "1", "2", "--set", "train_world.steps=1000000"]
+    process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    client = MlflowClient(store)
+
+    def trainings() -> list[Run]:
+        known = client.search_experiments(filter_string="name = 'genie'")
+        return client.search_runs([one.experiment_id for one in known], "tags.`genie.step` = 'train-world'")
+
+    try:
+        while process.poll() is None and not any(run.data.metrics for run in trainings()):
+            time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        output, problems = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output + problems
+    assert "stopped; the same command carries on" in problems
+    assert "[report]" not in output
+    assert "KILLED" in {run.info.status for run in trainings()}
 
 
 def test_cloning_runs_on_a_trained_world_and_is_reported(tmp_path: Path, tiny_model_uri: str) -> None:
