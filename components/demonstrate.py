@@ -20,4 +20,5 @@ def demonstrate(
     with step("demonstrate", preset, overrides, **where) as run:
         part = run.config.cloning
         demonstrations_uri = collect_demonstrations(part.levels, part.mode, root_uri, log=run)
+        run.dataset(demonstrations_uri, splits=())
     return demonstrations_uri

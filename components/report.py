@@ -20,6 +20,7 @@ def report(
 
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
     with step("report", preset, overrides, **where, ends_pipeline=True) as run:
-        comparison = record_report(study["name"], run)
-        Path(page.path).write_text(comparison.html())
-    return comparison.markdown()
+        found = record_report(study["name"], run)
+        Path(page.path).write_text(found.comparison.html())
+        found.check()
+    return found.comparison.markdown()

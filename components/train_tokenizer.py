@@ -12,14 +12,15 @@ def train_tokenizer(
     experiment: str,
     data_uri: str,
     study: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
+    only_find: bool = False,
 ) -> str:
-    """Trains the ST-ViViT tokenizer on the data set; carries on from its last checkpoint. Returns the model's URI."""
+    """Trains the tokenizer on the data set; carries on from its last checkpoint. Returns the model's URI."""
     from genie_model.tracking import step
     from genie_model.train import train_tokenizer as train
 
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
     with step("train-tokenizer", preset, overrides, **where) as run:
         run.dataset(data_uri)
-        tokenizer_uri = train(run.config, data_uri, root_uri, run)
+        tokenizer_uri = train(run.config, data_uri, root_uri, run, only_find)
         run.made("tokenizer", tokenizer_uri)
     return tokenizer_uri

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
@@ -27,7 +28,7 @@ class Whole(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, TRAINING = "model.safetensors", "config.json", "training.json"
 
 
 def save_model(uri: str, whole: Whole, part: nn.Module | None = None) -> None:
@@ -37,6 +38,17 @@ def save_model(uri: str, whole: Whole, part: nn.Module | None = None) -> None:
     """
     _write_tensors(f"{uri}/{WEIGHTS}", (part or whole).state_dict())
     files.write_atomic(f"{uri}/{CONFIG}", whole.config.to_json().encode())
+
+
+def save_training(uri: str, came_to: Mapping[str, float]) -> None:
+    """What the training of the model there came to."""
+    files.write_atomic(f"{uri}/{TRAINING}", json.dumps(came_to, indent=2).encode())
+
+
+def load_training(uri: str) -> dict[str, float]:
+    """What `save_training` kept; nothing for a model from elsewhere."""
+    path = f"{uri}/{TRAINING}"
+    return dict(json.loads(files.read(path))) if files.exists(path) else {}
 
 
 def is_model(uri: str) -> bool:

@@ -52,7 +52,8 @@ class PowerLaw(NamedTuple):
         return cls(float(np.exp(line.intercept)), float(line.slope), float(half))
 
     def __str__(self) -> str:
-        return f"y = {self.factor:.3g} x^{self.exponent:.3g} (± {self.ci95:.2g})"
+        interval = f" (its 95% interval: ± {self.ci95:.2g})" if self.ci95 == self.ci95 else ""
+        return f"y = {self.factor:.3g} x^{self.exponent:.3g}, of exponent {self.exponent:.3g}{interval}"
 
 
 class Comparison(NamedTuple):
@@ -76,11 +77,14 @@ class Comparison(NamedTuple):
         return page(self.title, self.pictures, body)
 
 
-def compare(study: Study, found: Findings, notes: Sequence[str] = ()) -> Comparison:
-    """Raises ValueError when no variant has a finished cell."""
-    found = {variant: cells for variant, cells in found.items() if cells}
-    if not found:
-        raise ValueError("no cell of this study has finished: nothing to compare")
+def compare(
+    study: Study, found: Findings, notes: Sequence[str] = (), asked: Mapping[str, int] | None = None
+) -> Comparison:
+    """`asked`: how many seeds of each variant, where more were asked for than are found.
+
+    Raises ValueError when no variant has a finished cell, or none of the study's metrics.
+    """
+    asked = asked or {}
     headings = dict(study.columns)
     points = _points(study.curve, found) if study.curve else {}
     if study.curve:
@@ -90,13 +94,17 @@ def compare(study: Study, found: Findings, notes: Sequence[str] = ()) -> Compari
         for name, heading in headings.items()
         if any(name in cell for cells in found.values() for cell in cells)
     }
+    if not columns:
+        raise ValueError("no cell of this study has finished with anything to compare")
     spreads = {
         variant: {name: Spread.of(values) for name in columns if (values := [c[name] for c in cells if name in c])}
         for variant, cells in found.items()
     }
     table: list[Row] = [("", "seeds", *columns.values())]
     for variant, spread in spreads.items():
-        table.append((variant, str(len(found[variant])), *(str(spread.get(name, "-")) for name in columns)))
+        made = len(found[variant])
+        seeds = f"{made} of {asked[variant]}" if asked.get(variant, made) > made else str(made)
+        table.append((variant, seeds, *(str(spread.get(name, "-")) for name in columns)))
     drawn = {
         "comparison": pictures.dot_plots(
             {
@@ -120,13 +128,14 @@ def compare(study: Study, found: Findings, notes: Sequence[str] = ()) -> Compari
             study.curve.y,
         )
     notes = list(notes)
-    if study.plot:
+    if study.plot and {*study.plot[:2]} <= set(columns):
         x, y, beside = study.plot
         pairs = {variant: [(c[x], c[y]) for c in cells if x in c and y in c] for variant, cells in found.items()}
         flat = [point for variant, some in pairs.items() if not variant.startswith(beside) for point in some]
         law = PowerLaw.fitted(*zip(*flat, strict=True)) if len({x for x, _ in flat}) > 1 else None
         if law:
-            notes.append(f"{columns[y]} (y) over {columns[x]} (x) of all sizes: {law}.")
+            sizes = len({x for x, _ in flat})
+            notes.append(f"{columns[y]} (y) over {columns[x]} (x), {len(flat)} runs of {sizes} sizes: {law}.")
         drawn["scaling"] = pictures.scatter(pairs, columns[x], columns[y], law and (law.factor, law.exponent))
     return Comparison(f"{study.title} ({study.source})", table, list(study.paper), notes, drawn)
 

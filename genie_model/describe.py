@@ -24,6 +24,7 @@ class Cost(NamedTuple):
 
     flops: float
     activation_bytes: float  # what the backward pass needs of the forward pass; nothing is recomputed
+    flops_of: dict[str, float]  # by name, of each part that is called as a module
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -42,7 +43,13 @@ def training_cost(module: nn.Module, config: Config, batch_size: int, precision:
             loss, _ = module(*inputs)
         loss.backward()
     module.zero_grad(set_to_none=True)
-    return Cost(counter.get_total_flops() * batch_size, sum(kept.values()) * batch_size)
+    counts = counter.get_flop_counts()
+    flops_of = {
+        name: float(sum(counts[f"{type(module).__name__}.{name}"].values())) * batch_size
+        for name, _ in module.named_children()
+        if f"{type(module).__name__}.{name}" in counts
+    }
+    return Cost(counter.get_total_flops() * batch_size, sum(kept.values()) * batch_size, flops_of)
 
 
 @torch.no_grad()
@@ -58,7 +65,7 @@ def play_flops(genie: Genie, config: Config) -> int:
 
 
 def sizes(config: Config) -> dict[str, float]:
-    """Parameters of each part, and FLOPs of each training: of all its steps."""
+    """Parameters of each part, and FLOPs of all steps of each training, and of the dynamics in it."""
     with FakeTensorMode():
         genie = Genie(config)
         found = {f"parameters_{name}": float(num_parameters(part)) for name, part in genie.named_children()}
@@ -67,6 +74,9 @@ def sizes(config: Config) -> dict[str, float]:
             stage: StageConfig = getattr(config, name)
             cost = training_cost(part, config, stage.batch_size, stage.precision)
             found[f"flops_{name}"] = cost.flops * stage.steps
+            found |= {
+                f"flops_{part}": flops * stage.steps for part, flops in cost.flops_of.items() if part == "dynamics"
+            }
             genie.tokenizer.requires_grad_(False)
     return found
 

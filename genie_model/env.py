@@ -98,7 +98,7 @@ class GenieVectorEnv(VectorEnv[Frames, NDArray[np.int64], NDArray[Any]]):
         `options["frame"]` is where to start, uint8: (H, W, 3) for all worlds, or (B, H, W, 3). The episodes after start
         at random again. Raises ValueError for another number of seeds, another frame and any other option.
         """
-        if isinstance(seed, Sequence):
+        if isinstance(seed, Sequence | np.ndarray):
             seeds = list(seed)
         else:
             seeds = [None if seed is None else seed + world for world in range(self.num_envs)]

@@ -41,6 +41,7 @@ class Study(NamedTuple):
     variants: Callable[[Config], dict[str, Overrides]]
     columns: dict[str, str]  # metric of a cell -> heading
     paper: tuple[Row, ...]  # the paper's own figures, a row of headings first
+    scale: str  # of what the paper compares, in a sentence
     plot: tuple[str, str, str] | None = None  # a power law: metrics x and y, and how variants outside it begin
     curve: Curve | None = None
     stages: Mapping[str, str] = {"train_tokenizer": "tokenizer", "train_world": "world"}  # that the report tells
@@ -53,8 +54,8 @@ def _lam_inputs(config: Config) -> dict[str, Overrides]:
         "pixels": ("lam.inputs=pixels", *plain),
         "tokens": ("lam.inputs=tokens", *plain),
     }
-    if config != config.with_overrides(*variants["pixels"]):
-        variants[f"pixels, as {config.name} has them"] = ()
+    if config not in (config.with_overrides(*changes) for changes in variants.values()):
+        variants[f"{config.lam.inputs}, as {config.name} has it"] = ()
     return variants
 
 
@@ -113,10 +114,11 @@ def _scaling(config: Config) -> dict[str, Overrides]:
     if config.name.startswith("platformers"):
         sizes = {f"size {name}": _shape(row.shape) for name, row in TABLE_10.items()}
         return sizes | {f"batch {batch}": (*_shape(TABLE_11), _batch(batch)) for batch in TABLE_11_HARDWARE}
-    widths = {round(shape.d_model * fraction): _scaled(shape, fraction) for fraction in (0.25, 0.5, 1, 2)}
-    batches = sorted({max(round(stage.batch_size * fraction), 1) for fraction in (0.25, 0.5)} - {stage.batch_size})
-    sizes = {f"width {width}": _shape(scaled) for width, scaled in widths.items()}
-    return sizes | {f"batch {batch}": (_batch(batch),) for batch in batches}
+    own, width = stage.batch_size, shape.d_model
+    widths = {f"width {round(width * fraction)}": _scaled(shape, fraction) for fraction in (0.25, 0.5, 1, 2)}
+    sizes = {f"{name}, batch {own}": _shape(scaled) for name, scaled in widths.items()}
+    batches = sorted({max(round(own * fraction), 1) for fraction in (0.25, 0.5)} - {own})
+    return sizes | {f"batch {batch}, width {width}": (_batch(batch),) for batch in batches}
 
 
 def _scaled(shape: TransformerConfig, fraction: float) -> TransformerConfig:
@@ -157,6 +159,8 @@ STUDIES = {
             ("tokens, Robotics", "1B", "257.8", "1.65"),
             ("pixels, Robotics", "1B", "136.4", "2.07"),
         ),
+        "models of 1B to 2.5B parameters on 6.8 million clips of 16 s at 160x90 (Platformers) and on robot videos; "
+        "its FVD is by a trained I3D, which no random net's compares with",
     ),
     "tokenizers": Study(
         "Which tokenizer: frames alone, all of space and time at once, or one after the other",
@@ -164,7 +168,7 @@ STUDIES = {
         _tokenizers,
         {
             "parameters_tokenizer": "tokenizer's parameters",
-            "peak_memory_mb_train_tokenizer": "peak memory of its training, MB",
+            "peak_memory_mb_train_tokenizer": "peak memory of the process that trained it, MB",
             "tokenizer_psnr": "its PSNR, dB",
             **_PLAY,
         },
@@ -174,6 +178,8 @@ STUDIES = {
             ("c_vivit", "225M", "1.6 GB", "272.7", "1.37"),
             ("st_vivit", "205M", "0.9 GB", "81.4", "1.66"),
         ),
+        "tokenizers of 205M to 230M parameters, patches of 10 pixels, batches of 128 clips of 160x90; its FVD is by a "
+        "trained I3D, which no random net's compares with, and its memory is not a whole process's",
     ),
     "scaling": Study(
         "What size and batch size buy",
@@ -181,15 +187,16 @@ STUDIES = {
         _scaling,
         {
             "parameters_dynamics": "dynamics' parameters",
-            "flops_train_world": "training FLOPs",
+            "flops_dynamics": "dynamics' training FLOPs",
             "final_dynamics_cross_entropy": "final training loss",
             **_PLAY,
         },
         (
-            ("", "dynamics' parameters", "training FLOPs"),
+            ("", "dynamics' parameters", "dynamics' training FLOPs"),
             *((f"size {name}", name.upper(), f"{row.flops:.3g}") for name, row in TABLE_10.items()),
         ),
-        ("flops_train_world", "final_dynamics_cross_entropy", "batch"),
+        "200,000 steps of 256 clips of 160x90 for sizes of 41M to 2.7B parameters, and of 128 to 448 clips for 2.3B",
+        ("flops_dynamics", "final_dynamics_cross_entropy", "batch"),
     ),
     "cloning": Study(
         "What latent actions are worth to an agent: share of held-out levels solved",
@@ -200,12 +207,15 @@ STUDIES = {
             "solved_oracle": "oracle",
             "solved_right_up": "RIGHT and UP held",
             "solved_random": "random agent",
-            "map_agreement": "real actions that the map gives back",
+            "map_agreement": "real actions that the map of the most labels gives back of these",
         },
         (
             ("", "LAM-based policy"),
             ("easy and hard", "the oracle's score given as few as 200 expert samples; the figure prints no numbers"),
         ),
+        "a LAM that was trained on videos of other games, policies of 12 layers of width 512, an R2D2 agent as expert, "
+        "and 100 levels played for each of 5 seeds. All seeds here play the same levels: a share of n levels is itself "
+        "only good to ± 1/√n, 10 points for 100, beside the interval over seeds",
         curve=Curve(
             "solved_latent_",
             "LAM-based policy, {} labels",

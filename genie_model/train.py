@@ -10,9 +10,10 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from genie_model import checkpoint, files
 from genie_model.backend import native
@@ -40,16 +41,21 @@ _GENIE_CODE = (*_TOKENIZER_CODE, "dynamics.py", "genie.py", "lam.py", "tokens.py
 _WATCHING = ("log_every", "checkpoint_every")  # how often training is looked at, not what it ends in
 
 
-def train_tokenizer(config: Config, data_uri: str, root_uri: str, log: RunLog | None = None) -> str:
+def train_tokenizer(
+    config: Config, data_uri: str, root_uri: str, log: RunLog | None = None, only_find: bool = False
+) -> str:
     """Phase one of section 2.1. Returns the URI of the tokenizer alone.
 
     Everything lies under `root_uri`, under names that follow from what decides the weights (`model_name`): a finished
-    tokenizer is reused, a killed run carries on. Raises ValueError for a data set that is missing or does not fit.
+    tokenizer is reused, a killed run carries on. Raises ValueError for a data set that is missing or does not fit, and
+    where one that is `only_find` is not there.
     """
     store = VideoStore.open(f"{data_uri}/train")
     name = model_name(
         "tokenizer", store.digest, config, ("data", "tokenizer", "train_tokenizer", "seed"), _TOKENIZER_CODE
     )
+    if only_find and not checkpoint.is_model(f"{root_uri}/models/{name}"):
+        raise ValueError("this cell's tokenizer was not trained: its training says why")
     torch.manual_seed(config.seed)
     genie = Genie(config)
     loader = _loader(store, config, config.train_tokenizer)
@@ -120,10 +126,12 @@ def train_once(
         return model_uri
     if not state.latest_step() and (others := _by_other_code(name, root_uri)):
         summary(step_name, f"trains anew, for the code has changed since {', '.join(others)}: kept where it is")
-    text = fit(trained, stage, loader(), state, desc=step_name, seed=whole.config.seed, log=log or NoLog())
+    done = fit(trained, stage, loader(), state, desc=step_name, seed=whole.config.seed, log=log or NoLog())
+    came_to = done.final | {f"peak_memory_mb_{step_name.replace('-', '_')}": native.peak_memory_mb()}
+    checkpoint.save_training(model_uri, came_to)  # before what makes the model whole
     checkpoint.save_model(model_uri, whole, trained)
     state.remove()
-    summary(step_name, f"{text} -> {model_uri}")
+    summary(step_name, f"{done.text} -> {model_uri}")
     return model_uri
 
 
@@ -138,6 +146,11 @@ def _by_other_code(name: str, root_uri: str) -> list[str]:
     ]
 
 
+class Trained(NamedTuple):
+    text: str  # how it went, in a line
+    final: dict[str, float]  # `final_<log>`: means over the last fifth of the steps, 300 at most (App. C.3: 300)
+
+
 def fit(
     module: nn.Module,
     stage: StageConfig,
@@ -148,14 +161,18 @@ def fit(
     seed: int,
     log: RunLog,
     on_step: Callable[[int], None] = lambda step: None,
-) -> str:
-    """Trains `module` in place from its newest checkpoint to `stage.steps`; returns a line that says how it went."""
+) -> Trained:
+    """Trains `module` in place from its newest checkpoint to `stage.steps`.
+
+    Of the means a run that carried on knows those steps alone that it made itself.
+    """
     native.keep_freed_memory()
     module.to(native.device()).train()
     optimizers = Optimizers(module, stage.optimizer)
     start = state.restore(module, optimizers)
     frames_per_step = stage.batch_size * loader.clip_length
     began, logs = time.monotonic(), dict[str, float]()
+    last, sums = max(stage.steps - min(stage.steps // 5, 300), start), dict[str, Tensor]()
     with bar(desc=desc, unit="frame", total=stage.steps * frames_per_step, initial=start * frames_per_step) as progress:
         for step, batch in loader.stream(start, stage.steps):
             on_step(step)
@@ -167,6 +184,8 @@ def fit(
             optimizers.step(learning_rate_share(step, stage.steps, stage.optimizer))
             progress.update(frames_per_step)
             done = step + 1
+            if done > last:
+                sums = {key: value.detach() + sums.get(key, 0.0) for key, value in tensors.items()}
             if done % stage.log_every == 0 or done == stage.steps:
                 logs = {key: float(value) for key, value in tensors.items()}
                 logs |= {"loss": float(loss.detach()), "gradient_norm": float(gradient_norm)}
@@ -179,7 +198,8 @@ def fit(
     seconds = time.monotonic() - began
     resumed = f" (carried on from step {start:,})" if start else ""
     rate = (stage.steps - start) * frames_per_step / seconds
-    return f"{stage.steps:,} steps{resumed} in {seconds:.0f} s, {rate:,.0f} frames/s, {_shown(logs)}"
+    text = f"{stage.steps:,} steps{resumed} in {seconds:.0f} s, {rate:,.0f} frames/s, {_shown(logs)}"
+    return Trained(text, {f"final_{key.replace('/', '_')}": float(sums[key]) / (stage.steps - last) for key in sums})
 
 
 def _check_finite(loss: float, step: int) -> None:

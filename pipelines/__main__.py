@@ -56,6 +56,12 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdigit() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed: 0 to {2**31 - 1}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -71,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
             command.set_defaults(pipeline="coinrun")
         else:
             command.add_argument("pipeline", choices=PIPELINES)
-            command.add_argument("--seeds", type=int, nargs="+", help="of a study: a run of every variant for each")
+            command.add_argument("--seeds", type=_seed, nargs="+", help="of a study: a run of every variant for each")
             command.add_argument("--variant", action="append", help="of a study: only this one (may be repeated)")
             command.add_argument("--model", help="of cloning: a trained world's folder (default: trains one first)")
         preset = "demo" if name == "demo" else "coinrun"
@@ -102,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tracking-uri", default="", help="MLflow server (default: MLFLOW_TRACKING_URI)")
     command.add_argument("--experiment", default="genie", help="MLflow experiment (default: genie)")
     command.add_argument("--state", default=".genie", help="folder whose MLflow store is read if no server is named")
+    command.add_argument("--run", help="the study's MLflow run (default: the one last asked for)")
     command.add_argument("--output", default="build", help="folder for NAME.html and NAME.md (default: build)")
     return parser
 
@@ -129,6 +136,10 @@ def _compile(args: argparse.Namespace, config: Config) -> int:
 
 
 def _run(args: argparse.Namespace, config: Config) -> int:
+    if args.pipeline in STUDIES:
+        from genie_model.studies import cells
+
+        cells(args.pipeline, args.preset, args.set, args.seeds or [0], args.variant or [])  # is there such a study?
     state = Path(args.state).absolute()
     with locked(state), _tracking(args, state) as tracking_uri:
         _run_pipeline(args, config, state, tracking_uri)
@@ -168,9 +179,11 @@ def _report(args: argparse.Namespace) -> int:
         if named == f"sqlite:///{own}" and not own.exists():
             raise ValueError(f"there is no MLflow store at {own}: name a server with --tracking-uri")
         client = connect(named)
-        found = report(args.pipeline, client, newest_study(args.pipeline, client, args.experiment))
+        run_id = args.run or newest_study(args.pipeline, client, args.experiment)
+        found = report(args.pipeline, client, run_id)
     except ValueError as error:
         return _refuse(str(error), 1)
+    say(f"MLflow run {run_id}")
     _write_report(found, args.pipeline, Path(args.output))
     return 0
 

@@ -72,7 +72,7 @@ def run_locally(
     local.init(
         runner=local.SubprocessRunner(use_venv=False),
         pipeline_root=str(state / "kfp" / "outputs"),
-        enable_caching=cache and _still_whole(config, root_uri),
+        enable_caching=cache and (bool(arguments.get("model_uri")) or _still_whole(config, root_uri)),
         # A cached result is what this code made of this config, and told that MLflow store.
         cache_root=str(state / "kfp" / "cache" / f"{config.digest()}-{_code_digest()}-{_digest(recorded_in)}"),
     )

@@ -32,7 +32,8 @@ def run_study(name: str, run: dict[str, Any], seeds: Any, variants: Any) -> Any:
     cells = place(plan(**asked, distinct=[]).after(tokenizer), SMALL, "plan cells")
     cells.ignore_upstream_failure()
     with dsl.ParallelFor(cells.output, name="cells") as cell:
-        tokenizer = place(train_tokenizer(**of_cell(cell, run, "data_uri")), LARGE, "train tokenizer")
+        of_this = train_tokenizer(**of_cell(cell, run, "data_uri"), only_find=True)  # cells that share it run at once
+        tokenizer = place(of_this, SMALL, "find tokenizer")
         trained = train_world(**of_cell(cell, run, "data_uri"), tokenizer_uri=tokenizer.output)
         world = place(trained, LARGE, "co-train LAM and dynamics")
         measured = place(
@@ -40,6 +41,7 @@ def run_study(name: str, run: dict[str, Any], seeds: Any, variants: Any) -> Any:
         )
     made = place(report(**run, study=study).after(measured), SMALL, "report")
     made.ignore_upstream_failure()
+    made.set_caching_options(False)  # its arguments do not name the cells
     return made.outputs["Output"]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
+import resource
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +36,16 @@ def inputs(frames_BTHWC: NDArray[np.uint8], *known: NDArray[np.int64] | None) ->
     """What a model in training takes of a batch: its frames as above, and what else is known of them."""
     others = [torch.from_numpy(one).to(device(), non_blocking=True) for one in known if one is not None]
     return [to_unit_frames(frames_BTHWC), *others]
+
+
+def peak_memory_mb() -> float:
+    """Of the accelerator, as tensors were given it; else of this process, with all its libraries."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    with contextlib.suppress(OSError):  # Linux; getrusage would count what the parent held before this program began
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def keep_freed_memory() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,7 +14,6 @@ from genie_model.presets import get_preset
 from genie_model.studies import Row, Study
 
 MADE = "made."  # tags: where what a step made lies
-_BRACKETS = str.maketrans("()", "[]")  # tuples, as overrides write them
 _PLAY = "A world's folder plays with `python -m serving --model-uri FOLDER`, and is a Gymnasium environment."
 
 
@@ -99,7 +100,8 @@ def _command(name: str, own: Run, cells: Sequence[Run]) -> str:
     for variant in dict.fromkeys(_tag(cell, "variant") for cell in cells):
         words += ["--variant", variant]
     for field, value in changed.items():
-        words += ["--set", f"{field}={value.translate(_BRACKETS)}"]
+        plain = json.dumps(ast.literal_eval(value)) if value.startswith("(") else value  # a tuple, as a list
+        words += ["--set", f"{field}={plain}"]
     if world := own.data.tags.get(f"{MADE}world"):
         words += ["--model", world]
     return shlex.join(words)

@@ -19,7 +19,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import signal
 import subprocess
 import sys
@@ -36,12 +35,12 @@ from typing import Any
 
 import numpy as np
 import psutil
-import torch
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
+from genie_model import checkpoint
 from genie_model.config import Config
 from genie_model.describe import sizes
 from genie_model.presets import get_preset
@@ -56,7 +55,7 @@ _EXPERIMENT_TAGS = {
     "mlflow.note.content": "A run is a pipeline run; its steps are nested below it. Pictures are artifacts of "
     "`evaluate`, curves in `train-tokenizer` and `train-world`.",
 }
-_LOSS = "dynamics/cross_entropy"  # of a step's curves: what Figure 9 plots
+_CONTEXTS = {"train": "training", "eval": "evaluation", "": "training"}
 _LIBRARIES = ("genie-platform", "torch", "numpy", "kfp", "mlflow", "procgen-mirror")
 
 
@@ -109,15 +108,18 @@ class StepRun:
     def image(self, name: str, image_HWC: NDArray[np.uint8]) -> None:
         self.client.log_image(self.run_id, image_HWC, artifact_file=f"pictures/{name}.png")
 
-    def dataset(self, uri: str) -> None:
-        """Records the digests of the stores at `uri`/train and `uri`/eval as this run's inputs."""
+    def dataset(self, uri: str, splits: Sequence[str] = ("train", "eval")) -> None:
+        """Records the digests of the stores at `uri`/train and `uri`/eval as this run's inputs, and the next run's.
+
+        With no `splits`, of the one at `uri` itself, to train on.
+        """
         from genie_model.data.store import VideoStore
 
         inputs = []
-        for split, context in (("train", "training"), ("eval", "evaluation")):
-            store = VideoStore.open(f"{uri}/{split}")
+        for split in splits or ("",):
+            store, context = VideoStore.open(f"{uri}/{split}".rstrip("/")), _CONTEXTS[split]
             dataset = Dataset(
-                name=f"{uri.rstrip('/').rpartition('/')[2]}-{split}",
+                name=f"{uri.rstrip('/').rpartition('/')[2]}-{split}".rstrip("-"),
                 digest=store.digest[:36],  # MLflow's limit
                 source_type="uri",
                 source=json.dumps({"uri": store.uri}),
@@ -125,7 +127,7 @@ class StepRun:
             )
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
             for run_id in (self.run_id, self.parent_id):
-                self.client.set_tag(run_id, f"dataset.{split}.digest", store.digest)
+                self.client.set_tag(run_id, f"dataset.{split or 'train'}.digest", store.digest)
         no_models: list[LoggedModelInput] = []
         self.client.log_inputs(self.run_id, inputs, no_models)
 
@@ -135,9 +137,10 @@ class StepRun:
         self.client.log_batch(self.parent_id, [Metric(name, float(value), now_ms, 0) for name, value in values.items()])
 
     def made(self, what: str, uri: str) -> None:
-        """Tells where it lies, here and in the run above this step's."""
+        """Tells where a model lies, here and in the run above this step's, and there what its training came to."""
         for run_id in (self.run_id, self.parent_id):
             self.client.set_tag(run_id, f"{MADE}{what}", uri)
+        self.result(checkpoint.load_training(uri))
 
     def flush(self) -> None:
         """Sends the metrics that wait."""
@@ -175,8 +178,6 @@ def step(
         run = _open(connect(tracking_uri), name, config, root_uri, experiment, study or {})
         yield run
         run.flush()
-        if study and "variant" in study:
-            _tell_cell(run, name)
         _end(run, "FINISHED", parent="FINISHED" if ends_pipeline else None)
     except (ValueError, OSError, MlflowException) as error:
         print(f"[{name}] error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -242,25 +243,6 @@ def _parent(client: MlflowClient, experiment_id: str, config: Config, root_uri: 
     if of_cell:
         run.result(sizes(config))
     return str(parent.info.run_id)
-
-
-def _tell_cell(run: StepRun, name: str) -> None:
-    """What cells are compared by beside held-out metrics: the memory of a training, and the loss that it ended at."""
-    peak = f"peak_memory_mb_{name.replace('-', '_')}"
-    before = run.client.get_run(run.parent_id).data.metrics.get(peak, 0.0)
-    found = {peak: max(before, _peak_memory_mb())}  # a step that ran again found its work done
-    if curve := run.client.get_metric_history(run.run_id, _LOSS):
-        losses = [point.value for point in sorted(curve, key=lambda point: point.step)]
-        last_fifth = losses[-max(len(losses) // 5, 1) :]
-        found["final_dynamics_cross_entropy"] = sum(last_fifth) / len(last_fifth)
-    run.result(found)
-
-
-def _peak_memory_mb() -> float:
-    """Of the accelerator, else of this process with all its libraries."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _child(client: MlflowClient, experiment_id: str, parent_id: str, name: str, study: Mapping[str, str]) -> str:

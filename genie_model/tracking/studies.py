@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from genie_model.tracking.card import model_card
 from genie_model.tracking.runs import StepRun
 
 _CELLS = "genie.cells"  # a study's tag: those that were ever asked for
+_ASKED = "genie.asked"  # and when that was last
 
 
 class UnfinishedStudyError(ValueError):
@@ -26,6 +29,11 @@ class Reported(NamedTuple):
     comparison: Comparison
     card: str
     unfinished: list[str]
+
+    def check(self) -> None:
+        """Raises UnfinishedStudyError when a cell has failed."""
+        if self.unfinished:
+            raise UnfinishedStudyError(f"not finished: {'; '.join(self.unfinished)}; run the study again to make them")
 
 
 def plan(
@@ -48,6 +56,7 @@ def plan(
     planned = cells(name, preset, overrides, [int(seed) for seed in seeds], only)
     known = _planned(run.client.get_run(run.parent_id))
     asked = [[cell.variant, cell.seed] for cell in planned]
+    run.client.set_tag(run.parent_id, _ASKED, f"{time.time():.3f}")
     run.client.set_tag(run.parent_id, _CELLS, json.dumps(known + [cell for cell in asked if cell not in known]))
     if distinct:
         configs = {run.config.with_overrides(*cell.overrides).digest(*distinct): cell for cell in reversed(planned)}
@@ -84,33 +93,38 @@ def report(name: str, client: MlflowClient, run_id: str) -> Reported:
             status = cell.info.status.lower() if cell else "never started"
             unfinished.append(f"{variant}, seed {seed}: {status}")
     budget = _budget(own, study(name).stages)
-    notes = [f"Preset {own.data.tags['preset']}; {budget}. A cell is the mean over seeds ± its 95% interval."]
+    if not finished:
+        raise ValueError(f"no cell of this study has finished: {'; '.join(unfinished) or 'none was asked for'}")
+    params = own.data.params
+    notes = [
+        f"Preset {own.data.tags['preset']}; {budget}. A cell is the mean over seeds ± its 95% interval (Student's t).",
+        f"Here: CoinRun at {params['data.frame_width']}x{params['data.frame_height']}, {params['data.train_levels']} "
+        f"levels of {params['data.steps_per_level']} frames. In the paper: {study(name).scale}.",
+    ]
     if unfinished:
-        notes.append(f"Not finished, and not in the table: {'; '.join(unfinished)}. The same run again makes them.")
+        notes.append(f"Not finished: {'; '.join(unfinished)}. The same run again makes them.")
     if len(commits) > 1:
         notes.append(f"Cells were made by different code: {', '.join(sorted(c[:8] for c in commits))}.")
-    comparison = compare(study(name), found, notes)
+    comparison = compare(study(name), found, notes, Counter(variant for variant, _ in _planned(own)))
     return Reported(comparison, model_card(study(name), name, own, finished), unfinished)
 
 
 def newest_study(name: str, client: MlflowClient, experiment: str) -> str:
-    """The id of the newest run of that study. Raises ValueError where there is none."""
+    """The id of the run of that study that was last asked for. Raises ValueError where there is none."""
     study(name)
     where = client.get_experiment_by_name(experiment)
     if where is None:
         raise ValueError(f"MLflow has no experiment {experiment!r}: name another with --experiment")
     of_study = f"tags.study = '{name}' and tags.`genie.pipeline` != ''"
-    for run in client.search_runs([where.experiment_id], of_study, order_by=["attributes.start_time DESC"]):
-        if "variant" not in run.data.tags:
-            return str(run.info.run_id)
+    runs = client.search_runs([where.experiment_id], of_study)
+    studies = [run for run in runs if "variant" not in run.data.tags]
+    if studies:
+        return str(max(studies, key=lambda run: float(run.data.tags.get(_ASKED, 0))).info.run_id)
     raise ValueError(f"experiment {experiment!r} has no run of {name}: `python -m pipelines run {name}` makes one")
 
 
-def record_report(name: str, run: StepRun) -> Comparison:
-    """Makes the report of the study that `run` is a step of, and keeps it there: page, table, plots, card, the note.
-
-    Raises UnfinishedStudyError, once it is kept, when a cell has failed.
-    """
+def record_report(name: str, run: StepRun) -> Reported:
+    """Makes the report of the study that `run` is a step of, and keeps it there: page, table, plots, card, the note."""
     client, found = run.client, report(name, run.client, run.parent_id)
     text = found.comparison.markdown()
     client.log_text(run.parent_id, found.comparison.html(), "report.html")
@@ -118,11 +132,9 @@ def record_report(name: str, run: StepRun) -> Comparison:
     client.log_text(run.parent_id, found.card, "model_card.md")
     for picture, image_HWC in found.comparison.pictures.items():
         client.log_image(run.parent_id, image_HWC, artifact_file=f"{picture}.png")
-    client.set_tag(run.parent_id, "mlflow.note.content", f"{text}\n{found.card}")
-    if found.unfinished:
-        raise UnfinishedStudyError(f"not finished: {'; '.join(found.unfinished)}; run the study again to make them")
+    client.set_tag(run.parent_id, "mlflow.note.content", f"{text}\nThe models' card is the artifact model_card.md.")
     summary("report", f"{found.comparison.title}: {len(found.comparison.table) - 1} variants")
-    return found.comparison
+    return found
 
 
 def _planned(run: Run) -> list[list[Any]]:

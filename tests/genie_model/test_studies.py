@@ -22,8 +22,10 @@ def changed(name: str, preset: str = "demo") -> dict[str, set[str]]:
 def test_lam_inputs_differ_in_the_input_alone() -> None:
     found = changed("lam_inputs")
     assert found["tokens"] - found["pixels"] == {"lam.inputs"}
-    assert found["pixels, as demo has them"] == set()
+    assert found["pixels, as demo has it"] == set()
     assert set(changed("lam_inputs", "coinrun")) == {"pixels", "tokens"}, "coinrun's LAM is the paper's already"
+    tokens = cells("lam_inputs", "coinrun", ["lam.inputs=tokens"], [0])
+    assert [cell.variant for cell in tokens] == ["pixels", "tokens"], "and one of the two by itself"
 
 
 @pytest.mark.parametrize(("preset", "patch"), [("demo", 8), ("coinrun", 8), ("platformers_41m", 10)])
@@ -46,8 +48,8 @@ def test_tokenizers_have_one_size_and_the_paper_s_patch_where_it_fits(preset: st
 
 def test_scaling_has_sizes_and_batches_and_the_paper_s_rungs_at_its_preset() -> None:
     found = changed("scaling")
-    assert {v for v in found if v.startswith("width")} == {"width 32", "width 64", "width 128", "width 256"}
-    assert found["batch 2"] == {"train_world.batch_size"}
+    assert {v for v in found if v.startswith("width")} == {f"width {width}, batch 4" for width in (32, 64, 128, 256)}
+    assert found["batch 2, width 128"] == {"train_world.batch_size"}
     rungs = [cell.variant for cell in cells("scaling", "platformers_41m", [], [0])]
     assert rungs[:2] == ["size 41m", "size 96m"]
     assert rungs[-1] == "batch 448"
@@ -109,20 +111,32 @@ def test_a_power_law_is_found_and_its_interval_holds_it() -> None:
 def test_a_comparison_shows_what_was_measured_beside_the_paper() -> None:
     found = {
         f"width {width}": [
-            {"flops_train_world": width**2, "final_dynamics_cross_entropy": width**-0.2 + seed / 100} for seed in (0, 1)
+            {"flops_dynamics": width**2, "final_dynamics_cross_entropy": width**-0.2 + seed / 100} for seed in (0, 1)
         ]
         for width in (32, 64, 128)
     }
-    made = compare(study("scaling"), {**found, "batch 1": []}, ["a note"])
-    assert [row[0] for row in made.table] == ["", *found]
-    assert made.table[0] == ("", "seeds", "training FLOPs", "final training loss")
+    asked = {"width 32": 3, "width 64": 2, "batch 1": 2}
+    made = compare(study("scaling"), {**found, "batch 1": []}, ["a note"], asked)
+    assert [row[:2] for row in made.table[1:]] == [
+        ("width 32", "2 of 3"), ("width 64", "2"), ("width 128", "2"), ("batch 1", "0 of 2")
+    ]  # fmt: skip
+    assert made.table[-1][2:] == ("-", "-")
+    assert made.table[0] == ("", "seeds", "dynamics' training FLOPs", "final training loss")
     text = made.markdown()
     assert "- a note" in text
     assert "x^-0.0" in text
+    assert "6 runs of 3 sizes" in text
     assert "| size 2.7b | 2.7B | 6.91e+21 |" in text
     assert made.html().count("data:image/png;base64,") == 2
     with pytest.raises(ValueError, match="no cell"):
         compare(STUDIES["scaling"], {"batch 1": []})
+    without = compare(study("scaling"), {"width 32": [{"flops_dynamics": 1.0}], "width 64": [{"flops_dynamics": 2.0}]})
+    assert set(without.pictures) == {"comparison"}, "no loss, no law"
+
+
+def test_a_law_says_what_its_interval_is_of() -> None:
+    assert str(PowerLaw(2.0, -0.5, 0.1)) == "y = 2 x^-0.5, of exponent -0.5 (its 95% interval: ± 0.1)"
+    assert "±" not in str(PowerLaw.fitted([1.0, 10.0], [2.0, 1.0])), "two points leave none"
 
 
 def test_every_study_is_a_pipeline() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genie_model import files
-from genie_model.checkpoint import TrainingState, load_model, load_tokenizer, save_model
+from genie_model.checkpoint import TrainingState, load_model, load_tokenizer, load_training, save_model
 from genie_model.config import Config
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore
@@ -86,6 +86,9 @@ def test_both_stages_finish_are_reused_and_keep_the_tokenizer(
     for name, value in before.state_dict().items():
         assert torch.equal(value, after.state_dict()[name]), name
     assert not files.exists(f"{root}/training/{Path(world_uri).name}")  # a finished run leaves no checkpoints
+    came_to = load_training(world_uri)
+    assert 0 < came_to["final_dynamics_cross_entropy"] < 20
+    assert came_to["peak_memory_mb_train_world"] > 100
     capsys.readouterr()
     monkeypatch.setattr("genie_model.train.fit", None)  # reuse trains nothing
     assert train_world(CONFIG, data_uri, train_tokenizer(CONFIG, data_uri, root), root) == world_uri
@@ -107,6 +110,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_uri: str, tmp_path: Path) 
     loader = ClipLoader(VideoStore.open(f"{data_uri}/train"), 2, 8, seed=0)
     with pytest.raises(ValueError, match=r"the loss is nan at step 1: lower optimizer\.max_lr"):
         fit(Broken(2, 2), CONFIG.train_world, loader, TrainingState(str(tmp_path)), desc="t", seed=0, log=NoLog())
+
+
+def test_what_training_came_to_is_a_mean_over_its_last_fifth(data_uri: str, tmp_path: Path) -> None:
+    class Counting(torch.nn.Linear):
+        steps = 0
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            self.steps += 1
+            return self.weight.sum(), {"part/count": torch.tensor(float(self.steps))}
+
+    loader = ClipLoader(VideoStore.open(f"{data_uri}/train"), 2, 8, seed=0)
+    stage = CONFIG.train_world.model_copy(update={"steps": 10})
+    done = fit(Counting(2, 2), stage, loader, TrainingState(str(tmp_path)), desc="t", seed=0, log=NoLog())
+    assert done.final == {"final_part_count": 9.5}
 
 
 def test_missing_data_says_what_to_do(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def test_compiling_a_study_needs_no_torch() -> None:
     [
         (["compile", "coinrun", "--seeds", "1"], "--seeds and --variant are for studies"),
         (["compile", "scaling", "--model", "world"], "--model is for cloning"),
+        (["run", "lam_inputs", "--preset", "tiny", "--variant", "pixel"], "did you mean 'pixels'"),
         (["report", "lam_inputs", "--state", "nowhere"], "there is no MLflow store"),
         (["report", "lam_inputs", "--tracking-uri", "sqlite:///empty.db"], "no experiment 'genie'"),
     ],
@@ -115,8 +116,14 @@ def test_a_study_runs_cell_by_cell_and_is_reported_from_mlflow_alone(tmp_path: P
 
     again = pipelines(*asked, "--seeds", "0", *store, cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "done in" not in again.stdout
+    assert again.stdout.count("done in") == again.stdout.count("[report] done in") == 1
     assert len(client.search_runs([experiment.experiment_id])) == len(runs)
+
+    more = pipelines(*asked, "--seeds", "0", "1", *store, cwd=tmp_path)
+    assert more.returncode == 0, more.stdout + more.stderr
+    kept = client.get_run(study.info.run_id)
+    assert kept.info.status == "FINISHED"
+    assert "| tokens | 2 |" in kept.data.tags["mlflow.note.content"]
 
 
 def test_ctrl_c_stops_all_cells_those_too_that_have_not_begun(tmp_path: Path) -> None:
