@@ -1,11 +1,12 @@
 """How the play service does with one player and with several, beside the library alone.
 
-    python -m benchmarks.service MODEL_FOLDER [--players 1 8] [--seconds 20] [--store FILE] [--over websocket http]
+    python -m benchmarks.service MODEL_FOLDER [--players 1 8] [--rounds 8] [--store FILE] [--over websocket http]
 
 The service runs as a process of its own; its players share the cores with it, and what they take of them is shown.
 Every player holds a session and sends its next action once its frame has come, over a WebSocket or over HTTP. Latency
-is from the key to the frame's bytes. The floor is a frame's counted FLOPs at the rate of one large bfloat16 matmul on
-all cores.
+is from the key to the frame's bytes. A round is the library alone and then the service, for 3 seconds each, so that a
+machine that slows down slows both: figures are medians over rounds, and the share is the median of the rounds' shares,
+with their quartiles. The floor is a frame's counted FLOPs at the rate of one large bfloat16 matmul on all cores.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from genie_model.genie import Genie
 from serving.sessions import FEW
 
 _WARM = 20  # frames: past the model's window, so that every step looks at a full one
+_SECONDS = 3.0  # of a round, for either side; the players' windows fill as long before
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
     )
     parser.add_argument("model", help="a folder with config.json, model.safetensors and start_frames/")
     parser.add_argument("--players", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--store", default=":memory:", help="the session store's file")
     parser.add_argument("--over", nargs="+", choices=("websocket", "http"), default=["websocket"])
     parser.add_argument("--json", type=Path, default=Path("build/service.json"))
@@ -55,12 +57,9 @@ def main() -> None:
     rows, flops = [], flops_of_frame(genie)
     for over, players in itertools.product(arguments.over, arguments.players):
         rate = matmul_rate(4096)
-        alone = library_frames_per_second(genie, players, arguments.seconds / 4)
-        found = service(arguments.model, arguments.store, over, players, arguments.seconds)
-        after = library_frames_per_second(genie, players, arguments.seconds / 4)
+        found = measured(genie, arguments.model, arguments.store, over, players, arguments.rounds)
         rate = (rate + matmul_rate(4096)) / 2
-        row = {"over": over, "players": players, "library_fps": (alone + after) / 2, **found}
-        rows.append(row | {"matmul": rate, "floor_fps": rate / flops})
+        rows.append({"over": over, "players": players, **found, "matmul": rate, "floor_fps": rate / flops})
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     print(
         "| over | players | frames/s together | key to frame, median | p95 | library, one pass for all | share of it "
@@ -70,7 +69,8 @@ def main() -> None:
     for row in rows:
         print(
             f"| {row['over']} | {row['players']} | {row['fps']:.1f} | {row['median_ms']:.0f} ms "
-            f"| {row['p95_ms']:.0f} ms | {row['library_fps']:.1f} frames/s | {row['fps'] / row['library_fps']:.0%} "
+            f"| {row['p95_ms']:.0f} ms | {row['library_fps']:.1f} frames/s "
+            f"| {row['share']:.0%} ({row['share_low']:.0%} to {row['share_high']:.0%}) "
             f"| {row['players_take']:.0%} | {row['fps'] / row['floor_fps']:.0%} |"
         )
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -97,25 +97,36 @@ def library_frames_per_second(genie: Genie, worlds: int, seconds: float) -> floa
     return worlds / statistics.median(times[_WARM:])
 
 
-def service(model: str, store: str, over: str, players: int, seconds: float) -> dict[str, float]:
+def measured(genie: Genie, model: str, store: str, over: str, players: int, rounds: int) -> dict[str, float]:
     command = [sys.executable, "-m", "serving", "--port", "0", "--model-uri", model, "--session-store", store]
     command += ["--client-sessions", "0", "--client-worlds-per-minute", "0", "--client-steps-per-minute", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout
         address = next(line for line in process.stdout if "http://" in line).split("http://")[1].split()[0]
-        begin = time.perf_counter() + 3
-        busy = sum(psutil.Process().cpu_times()[:2])
-        latencies = sorted(asyncio.run(play_together(address, over, players, begin, begin + seconds)))
-        busy = sum(psutil.Process().cpu_times()[:2]) - busy
+        alone, together, latencies, busy = [], [], list[float](), 0.0
+        for _ in range(rounds):
+            alone.append(library_frames_per_second(genie, players, _SECONDS))
+            begin = time.perf_counter() + _SECONDS
+            before = sum(psutil.Process().cpu_times()[:2])
+            taken = asyncio.run(play_together(address, over, players, begin, begin + _SECONDS))
+            busy += sum(psutil.Process().cpu_times()[:2]) - before
+            together.append(len(taken) / _SECONDS)
+            latencies += taken
     finally:
         process.terminate()
         process.wait(timeout=30)
+    shares = [one / other for one, other in zip(together, alone, strict=True)]
+    low, share, high = statistics.quantiles(shares) if rounds > 1 else shares * 3
     return {
-        "fps": len(latencies) / seconds,
+        "fps": statistics.median(together),
+        "library_fps": statistics.median(alone),
+        "share": share,
+        "share_low": low,
+        "share_high": high,
         "median_ms": 1e3 * statistics.median(latencies),
-        "p95_ms": 1e3 * latencies[int(0.95 * len(latencies))],
-        "players_take": busy / (seconds + 3) / (os.cpu_count() or 1),  # they play for 3 seconds before it counts
+        "p95_ms": 1e3 * sorted(latencies)[int(0.95 * len(latencies))],
+        "players_take": busy / (2 * _SECONDS * rounds) / (os.cpu_count() or 1),  # they play as long before it counts
     }
 
 
@@ -127,6 +138,8 @@ async def play_together(address: str, over: str, players: int, begin: float, end
     else:
         with ThreadPoolExecutor(players) as pool:
             taken = list(pool.map(lambda session: session.play(begin, end), sessions))
+    for session in sessions:
+        session.leave()
     return [latency for one in taken for latency in one]
 
 
@@ -164,6 +177,10 @@ class Player:
                 if begin < (now := time.perf_counter()) < end:
                     latencies.append(now - sent)
         return latencies
+
+    def leave(self) -> None:
+        self._connection.close()  # the service has closed one that was idle; the next request opens another
+        self._answer("DELETE", f"/v1/sessions/{self._session['id']}")
 
     def _step(self, t: int) -> str:
         return json.dumps({"action": (t // 8 + self._number) % self._session["model"]["num_actions"]})
