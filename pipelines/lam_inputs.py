@@ -18,7 +18,7 @@ def lam_inputs(
     """Trains the paper's LAM on pixels and on tokens beside the same tokenizer; FVD and delta PSNR over seeds.
 
     `python -m pipelines run lam_inputs --preset demo` takes as long as 9 co-trainings and 3 tokenizers of the preset:
-    two hours on two cores, or 20 minutes at docs/studies' budget. The paper finds pixels better in control, and tokens
+    two hours on two cores, or 25 minutes at docs/studies' budget. The paper finds pixels better in control, and tokens
     slightly ahead in FVD on one data set of two; at demo's size neither learns controls, the preset's own LAM does.
 
     Args:

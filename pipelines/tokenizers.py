@@ -18,7 +18,7 @@ def tokenizers(
     """Trains vit, c_vivit and st_vivit tokenizers of equal parameters, each with the same LAM and dynamics on top.
 
     `python -m pipelines run tokenizers --preset demo` takes as long as 9 tokenizers and 9 co-trainings of the preset,
-    c_vivit's twice as long: two and a half hours on two cores, or 40 minutes at docs/studies' budget. The paper finds
+    c_vivit's twice as long: two and a half hours on two cores, or 50 minutes at docs/studies' budget. The paper finds
     st_vivit ahead in FVD and delta PSNR, and c_vivit hungriest for memory.
 
     Args:

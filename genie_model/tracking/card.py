@@ -14,12 +14,16 @@ from genie_model.presets import get_preset
 from genie_model.studies import Row, Study
 
 MADE = "made."  # tags: where what a step made lies
-_PLAY = "A world's folder plays with `python -m serving --model-uri FOLDER`, and is a Gymnasium environment."
+_PLAY = (
+    "A world's folder plays with `python -m serving --model-uri FOLDER`, and is a Gymnasium environment. It shows what "
+    "looks likely, and an action does what it did in the videos as far as the model could tell. "
+)
+_DRIFT = "- What was never in the data cannot be dreamt. A dream drifts from the game as it goes on.\n"
 
 
 def model_card(study: Study, name: str, own: Run, cells: Sequence[Run]) -> str:
     """Markdown, of the finished cells' runs."""
-    params = own.data.params
+    params, worlds = own.data.params, "train_world" in study.stages
     made = list(dict.fromkeys(tag for cell in cells for tag in cell.data.tags if tag.startswith(MADE)))
     rows: list[Row] = [("variant", "seed", *(tag.removeprefix(MADE) for tag in made), "MLflow run")]
     for cell in cells:
@@ -32,9 +36,8 @@ def model_card(study: Study, name: str, own: Run, cells: Sequence[Run]) -> str:
         f"None was chosen or promoted. {_versions(cells)}",
         markdown_table(rows),
         "## Use",
-        f"For research: to see what the variants change. {_PLAY if 'train_world' in study.stages else ''} Not for "
-        "deciding anything about a real game, machine or person: a world shows what looks likely, and an action does "
-        "what it did in the videos as far as the model could tell.",
+        f"For research: to see what the variants change. {_PLAY if worlds else ''}Not for deciding anything about a "
+        "real game, machine or person.",
         "## Training data",
         f"{_data(study, params)} No people, text or sound are in it. {_digests(cells)}",
         "## Training",
@@ -43,7 +46,7 @@ def model_card(study: Study, name: str, own: Run, cells: Sequence[Run]) -> str:
         f"{_evaluation(study, params)} The report beside this card has the figures, and what was not finished.",
         "## Limits",
         f"- One game at {size} pixels, at the budget above: an order between variants need not hold at the paper's.\n"
-        "- What was never in the data cannot be dreamt. A dream drifts from the game as it goes on.\n"
+        f"{_DRIFT if worlds else ''}"
         "- Latent actions are named by number only; which is which differs from seed to seed.",
         "## Again",
         f"```sh\n{_command(name, own, cells)}\n```",

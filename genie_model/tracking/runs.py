@@ -200,6 +200,10 @@ def _open(
         parent_id, run_id = own.data.tags.get("mlflow.parentRunId", adopted), adopted
         for key, value in _provenance(study).items():
             client.set_tag(run_id, key, value)
+        if "name" in study and "variant" not in study:  # the pipeline's run is the study
+            for key, value in {"genie.pipeline": parent_id, "preset": config.name, "study": study["name"]}.items():
+                client.set_tag(parent_id, key, value)
+            StepRun(client, config, parent_id, parent_id).params(config.flat())
         if "variant" in study:
             parent_id = _parent(client, own.info.experiment_id, config, root_uri, study)
             client.set_tag(run_id, "mlflow.parentRunId", parent_id)
@@ -211,6 +215,8 @@ def _open(
         run_id = _child(client, experiment_id, parent_id, name, study)
     for started in (parent_id, run_id):
         client.update_run(started, "RUNNING")
+        if commit := _git_commit():  # one that is run again may be run by other code
+            client.set_tag(started, "mlflow.source.git.commit", commit)
     run = StepRun(client, config, run_id, parent_id)
     run.params(config.flat())
     return run

@@ -77,6 +77,8 @@ def report(name: str, client: MlflowClient, run_id: str) -> Reported:
     """Of the study that this run is. Raises ValueError when none of its cells has finished."""
     newest = dict[tuple[str, int], Run]()
     own = client.get_run(run_id)
+    if (other := own.data.tags.get("study")) != name or "variant" in own.data.tags:
+        raise ValueError(f"MLflow run {run_id} is no study {name!r}" + (f" but of {other!r}" if other else ""))
     below = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.variant != ''"
     for run in client.search_runs([own.info.experiment_id], below, order_by=["attributes.start_time"]):
         newest[run.data.tags["variant"], int(run.data.tags["seed"])] = run

@@ -146,6 +146,43 @@ def test_the_study_that_was_asked_for_last_is_reported(client: MlflowClient) -> 
     assert newest_study("lam_inputs", client, "studies") == first
 
 
+def test_a_study_whose_runs_kubeflow_made_is_reported(client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = client.create_experiment("kubeflow")
+    pipeline = client.create_run(experiment, run_name="pipeline").info.run_id
+
+    def adopt(name: str) -> None:
+        made = client.create_run(experiment, tags={"mlflow.parentRunId": pipeline}, run_name=name)
+        monkeypatch.setenv("MLFLOW_RUN_ID", made.info.run_id)
+
+    adopt("plan")
+    (pixels, _) = planned([0])
+    for name in ("train-world", "evaluate"):
+        adopt(name)
+        where = {**WHERE, "study": pixels["study"]}
+        with step(name, "tiny", pixels["overrides"], **where, ends_pipeline=name == "evaluate") as run:
+            run.result({"delta_psnr_t4": 1.0})
+    assert newest_study("lam_inputs", client, "kubeflow") == pipeline
+    found = report("lam_inputs", client, pipeline)
+    assert found.unfinished == ["tokens, seed 0: never started"]
+    with pytest.raises(ValueError, match="is no study 'scaling' but of 'lam_inputs'"):
+        report("scaling", client, pipeline)
+
+
+def test_a_cell_that_is_run_again_tells_the_code_that_ran_last(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pixels, _) = planned([0])
+    for commit, delta_psnr in (("a" * 40, None), ("b" * 40, 1.0)):
+        monkeypatch.setenv("GENIE_GIT_COMMIT", commit)
+        if delta_psnr is None:
+            with pytest.raises(SystemExit):
+                run_cell(pixels, delta_psnr)
+        else:
+            run_cell(pixels, delta_psnr)
+    study_id = newest_study("lam_inputs", client, "studies")
+    assert "commit bbbbbbbb," in report("lam_inputs", client, study_id).card
+
+
 def test_a_study_that_is_not_there_is_named(client: MlflowClient) -> None:
     with pytest.raises(ValueError, match="no experiment 'studies'"):
         newest_study("lam_inputs", client, "studies")
