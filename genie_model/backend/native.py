@@ -42,9 +42,8 @@ def peak_memory_mb() -> float:
     """Of the accelerator, as tensors were given it; else of this process, with all its libraries."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    with contextlib.suppress(
-        OSError, IndexError
-    ):  # Linux; getrusage would count what the parent held before this program began
+    with contextlib.suppress(OSError, IndexError):  # where there is no such file, or no such line in it
+        # Linux; getrusage would count what the parent held before this program began.
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
