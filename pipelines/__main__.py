@@ -171,9 +171,7 @@ def _demo(args: argparse.Namespace, config: Config) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from mlflow.exceptions import MlflowException
-
-    from genie_model.tracking import connect, newest_study, report
+    from genie_model.tracking import TrackingError, connect, newest_study, report
 
     try:
         own = Path(args.state, "mlflow", "mlflow.db").absolute()
@@ -183,7 +181,7 @@ def _report(args: argparse.Namespace) -> int:
         client = connect(named)
         run_id = args.run or newest_study(args.pipeline, client, args.experiment)
         found = report(args.pipeline, client, run_id)
-    except (ValueError, MlflowException) as error:
+    except (ValueError, TrackingError) as error:
         return _refuse(str(error), 1)
     say(f"MLflow run {run_id}")
     _write_report(found, args.pipeline, Path(args.output))

@@ -3,6 +3,8 @@
 import logging
 import os
 
+from mlflow.exceptions import MlflowException as TrackingError
+
 from genie_model.tracking.registry import (
     Decision,
     ModelVersion,
@@ -21,6 +23,7 @@ __all__ = [
     "ModelVersion",
     "Reported",
     "StepRun",
+    "TrackingError",
     "champion",
     "connect",
     "decide",
