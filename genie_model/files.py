@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 def write_atomic(uri: str, data: bytes) -> None:
     """All of the file or none of it. An object store's upload is atomic already; a local file is renamed into place."""
     fs, path = url_to_fs(uri)
-    if not isinstance(fs, LocalFileSystem):
+    if not is_local(uri):
         fs.pipe_file(path, data)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -29,10 +29,16 @@ def write_atomic(uri: str, data: bytes) -> None:
     except OSError as error:
         if os.path.lexists(temporary):
             os.remove(temporary)
-        raise _explained(error, path) from None
+        raise explained(error, path) from None
 
 
-def _explained(error: OSError, path: str) -> OSError:
+def is_local(uri: str) -> bool:
+    """Whether it is a path of this machine."""
+    return isinstance(url_to_fs(uri)[0], LocalFileSystem)
+
+
+def explained(error: OSError, path: str) -> OSError:
+    """The same error; for a full disk one that says what to do."""
     if error.errno != errno.ENOSPC:
         return error
     return OSError(errno.ENOSPC, "the disk is full; free some space and run again, what was finished is kept", path)
@@ -81,7 +87,7 @@ def fetch(uri: str, sha256: str) -> Path | None:
             try:
                 fs.get_file(path, str(download))
             except OSError as error:
-                raise _explained(error, str(cached.parent)) from None
+                raise explained(error, str(cached.parent)) from None
             with download.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     return None

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from genie_model import checkpoint, files
 from genie_model.backend import native
-from genie_model.checkpoint import TrainingState
 from genie_model.config import Config, StageConfig
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore
 from genie_model.genie import Genie
 from genie_model.optim import Optimizers, learning_rate_share
+from genie_model.preemption import Preempted, preemption
 from genie_model.progress import NoLog, RunLog, bar, summary
 from genie_model.source import code_digest
 from genie_model.tokens import tokens_of
+from genie_model.training_state import TrainingState
 
 # The code that decides the weights of each model.
 TRAINER_CODE = (
@@ -164,7 +165,8 @@ def fit(
 ) -> Trained:
     """Trains `module` in place from its newest checkpoint to `stage.steps`.
 
-    Of the means a run that carried on knows those steps alone that it made itself.
+    Of the means a run that carried on knows those steps alone that it made itself. After SIGTERM it ends its step,
+    saves and raises `Preempted`; the last step is left to end in a model.
     """
     native.keep_freed_memory()
     module.to(native.device()).train()
@@ -173,7 +175,8 @@ def fit(
     frames_per_step = stage.batch_size * loader.clip_length
     began, logs = time.monotonic(), dict[str, float]()
     last, sums = max(stage.steps - min(stage.steps // 5, 300), start), dict[str, Tensor]()
-    with bar(desc=desc, unit="frame", total=stage.steps * frames_per_step, initial=start * frames_per_step) as progress:
+    total, initial = stage.steps * frames_per_step, start * frames_per_step
+    with preemption() as must_stop, state, bar(desc=desc, unit="frame", total=total, initial=initial) as progress:
         for step, batch in loader.stream(start, stage.steps):
             on_step(step)
             torch.manual_seed(seed * 1_000_003 + step)
@@ -193,8 +196,11 @@ def fit(
                 rate = (done - start) * frames_per_step / (time.monotonic() - began)
                 log.metrics(logs | {"frames_per_second": rate}, done)
                 progress.set_postfix_str(_shown(logs))
-            if done % stage.checkpoint_every == 0 and done < stage.steps:
+            stopping = done < stage.steps and must_stop()
+            if stopping or (done % stage.checkpoint_every == 0 and done < stage.steps):
                 state.save(done, module, optimizers)
+            if stopping:
+                raise Preempted
     seconds = time.monotonic() - began
     resumed = f" (carried on from step {start:,})" if start else ""
     rate = (stage.steps - start) * frames_per_step / seconds

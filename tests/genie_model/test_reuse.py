@@ -15,7 +15,17 @@ from genie_model.source import code_digest
 
 CONFIG = get_preset("tiny").with_overrides("train_tokenizer.steps=2", "train_world.steps=2")
 # Modules that training imports, but that leave the weights alone: the data set's digest says what they read.
-HARMLESS = {"checkpoint", "config", "files", "maskgit", "progress", "source", "data.shards"}
+HARMLESS = {
+    "checkpoint",
+    "config",
+    "files",
+    "maskgit",
+    "preemption",
+    "progress",
+    "source",
+    "training_state",
+    "data.shards",
+}
 
 
 @pytest.fixture
