@@ -38,13 +38,14 @@ _LATEST, _STEP, _MODEL, _OPTIMIZER = "latest.json", "step-", "model/", "optimize
 _BROKEN = (FileNotFoundError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, LookupError, AttributeError)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no telling
+warnings.filterwarnings("ignore", "TypedStorage is deprecated", module="torch.distributed.checkpoint")  # torch 2.9
 
 
 class TrainingState:
     """Checkpoints of one training run: `<uri>/step-<n>/`, and `latest.json` that names the newest whole one.
 
     A kill at any instant leaves the old or the new, never half of one. Where several processes train, all of them
-    call `save`, `restore` and `wait` in the same order.
+    call everything here in the same order.
 
     A backend with tensors that DCP does not know (XLA's) says how to copy a `State` to the host, and makes the
     planners that cut it in parts.
@@ -115,7 +116,8 @@ class TrainingState:
         return step[0]
 
     def remove(self) -> None:
-        files.remove_tree(self.uri)
+        if self._group is None or dist.get_rank() == 0:
+            files.remove_tree(self.uri)
 
     @functools.cached_property
     def _group(self) -> dist.ProcessGroup | None:
@@ -141,7 +143,7 @@ class TrainingState:
     def _load(self, folder: str, module: nn.Module, optimizers: Optimizers) -> None:
         reader = FsspecReader(folder)
         try:
-            state = _blank(module, reader.read_metadata().state_dict_metadata)
+            state = _to_fill(module, optimizers, reader.read_metadata().state_dict_metadata)
             load(
                 state,
                 storage_reader=reader,
@@ -195,17 +197,17 @@ def _state(module: nn.Module, optimizers: Optimizers) -> State:
     return model | {f"{_OPTIMIZER}{label}": value for label, value in optimizers.tensors(module).items()}
 
 
-def _blank(module: nn.Module, saved: Mapping[str, Any]) -> State:
-    """What `saved` is loaded into: the module's own tensors and, cut like their parameters, the optimizers' new ones.
+def _to_fill(module: nn.Module, optimizers: Optimizers, saved: Mapping[str, Any]) -> State:
+    """Tensors that `saved` is loaded into: those that are there and, cut like their parameters, new ones of optimizers.
 
     Raises KeyError for what no module like this one has saved.
     """
-    state: State = {f"{_MODEL}{name}": value for name, value in module.state_dict().items()}
-    parameters = dict(module.named_parameters())
+    there, parameters = _state(module, optimizers), dict(module.named_parameters())
+    state = {name: value for name, value in there.items() if name.startswith(_MODEL)}
     for name, tensor in saved.items():
         if name.startswith(_OPTIMIZER):
             parameter = parameters[name.removeprefix(_OPTIMIZER).rpartition("|")[0]]
-            state[name] = _like(parameter, tensor)
+            state[name] = there[name] if name in there else _like(parameter, tensor)
         elif name not in state:
             raise KeyError(name)
     return state

@@ -94,9 +94,10 @@ def test_a_save_keeps_the_state_at_its_step_while_training_goes_on(root: str, tm
         state.save(2, module, optimizers)
         train_layer(module, optimizers, steps=3)
     assert not torch.equal(module.weight, expected["weight"])
-    other = layer()
-    assert TrainingState(state.uri).restore(*other) == 2
-    assert_same(tensors(*other), expected)
+    for steps in (0, 1):  # with optimizers that remember nothing, or something else
+        other = layer(steps)
+        assert TrainingState(state.uri).restore(*other) == 2
+        assert_same(tensors(*other), expected)
     state.save(5, module, optimizers)
     state.wait()
     assert files.names(state.uri) == ["latest.json", "step-0000005"]
@@ -258,6 +259,7 @@ def train_tokenizer(folder: Path, data_uri: str, steps: int, wait_at: int | None
 
     def on_step(step: int) -> None:
         if step == wait_at:
+            (folder / "waits").touch()
             time.sleep(60)
 
     fit(
@@ -327,7 +329,10 @@ def test_sigterm_ends_the_step_saves_and_exits_for_another_try(tiny_data_uri: st
 
 def test_a_second_sigterm_ends_it_at_once(tiny_data_uri: str, tmp_path: Path) -> None:
     process = start(train_tokenizer, tmp_path, tiny_data_uri, 40, 4)  # the step after a save
-    wait_for_step(process, tmp_path, more_than=3)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "waits").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
     began = time.monotonic()
     process.terminate()
     time.sleep(0.2)
