@@ -64,7 +64,8 @@ def load_model(uri: str) -> Genie:
     native.keep_freed_memory()
     genie = _untrained(uri)
     load_weights(genie, f"{uri}/{WEIGHTS}")
-    return genie.to(native.device()).eval()
+    native.prepare_play(genie.to(native.device()))
+    return genie.eval()
 
 
 def load_tokenizer(uri: str) -> VideoTokenizer:
