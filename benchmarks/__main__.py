@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.configs import CONFIGS
 from genie_model.backend import native
+from genie_model.backend.graphs import prepare_play
 from genie_model.checkpoint import save_model
 from genie_model.config import Config, StageConfig
 from genie_model.genie import Genie
@@ -169,7 +170,7 @@ def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]
         genie = model()
         sampling = config.sampling.model_copy(update={"maskgit_steps": steps})
         genie.config = config.model_copy(update={"sampling": sampling})
-        native.prepare_play(genie.to(native.device()).eval())
+        prepare_play(genie.to(native.device()).eval())
         prompt = torch.randint(0, 256, (1, clip, *config.frame_shape), dtype=torch.uint8)
         state, action = genie.start(prompt), torch.zeros(1, dtype=torch.long)
         return measure(name, what, lambda: genie.step(state, action), 1, genie.tokenizer.num_patches)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from genie_model import files
 from genie_model.backend import native
+from genie_model.backend.graphs import prepare_play
 from genie_model.config import Config
 from genie_model.genie import Genie
 from genie_model.optim import Optimizers
@@ -64,7 +65,7 @@ def load_model(uri: str) -> Genie:
     native.keep_freed_memory()
     genie = _untrained(uri)
     load_weights(genie, f"{uri}/{WEIGHTS}")
-    native.prepare_play(genie.to(native.device()))
+    prepare_play(genie.to(native.device()))
     return genie.eval()
 
 

@@ -255,10 +255,10 @@ class Genie(nn.Module):
         """
         if state.pending_BL is not None:
             self._ahead(state.dynamics, self.dynamics.transformer)
-            self.launch(self._commit, (state.dynamics,), (state.codes_BNC, state.pending_BL), None)
+            self.launch(self._commit, (state.dynamics,), (state.codes_BNC, state.pending_BL), self.config.sampling)
             state.pending_BL = None
 
-    def _commit(self, caches: Sequence[TemporalCache], tensors: Sequence[Tensor], _: None) -> tuple[Tensor, ...]:
+    def _commit(self, caches: Sequence[TemporalCache], tensors: Sequence[Tensor], _: Hashable) -> tuple[Tensor, ...]:
         (dynamics,), (codes_BNC, action_BL) = caches, tensors
         with self._play_precision():
             codebook_VL = self.tokenizer.quantizer.codebook_VL

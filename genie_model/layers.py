@@ -254,15 +254,15 @@ class STTransformer(nn.Module):
 
         `commit` makes them past. Without it they only look, and the next look overwrites them.
         """
-        y_BTND: Tensor = self.norm(self._through(x_BTND, cache, commit, len(self.sublayers)))
+        y_BTND: Tensor = self.norm(self.through(x_BTND, cache, commit, len(self.sublayers)))
         return y_BTND
 
     def remember(self, x_BTND: Tensor, cache: TemporalCache) -> None:
         """`forward` with `commit` for the cache's sake alone."""
-        self._through(x_BTND, cache, True, self._past_ends)
+        self.through(x_BTND, cache, True, self._past_ends)
 
-    def _through(self, x_BTND: Tensor, cache: TemporalCache | None, commit: bool, sublayers: int) -> Tensor:
-        """The first `sublayers` of them."""
+    def through(self, x_BTND: Tensor, cache: TemporalCache | None, commit: bool, sublayers: int) -> Tensor:
+        """The first `sublayers` of them, and no norm."""
         B, T = x_BTND.shape[:2]
         time = self.time(x_BTND.device, B, T, cache)
         for i, sublayer in enumerate(islice(self.sublayers, sublayers)):

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from genie_model.genie import Genie
 from genie_model.layers import TemporalCache, Time
 
 Run = Callable[[Sequence[TemporalCache], Sequence[Tensor], Any], tuple[Tensor, ...]]
 _KEPT = 64  # graphs; of more, those not used for longest are forgotten
 
 
+def prepare_play(genie: Genie) -> None:
+    """Of a model that lies where it is to be played."""
+    if genie.device.type == "cuda":
+        genie.launch = GraphLauncher(genie)
+
+
 class GraphLauncher:
     """Genie's `launch` on CUDA: a graph for every function, number of worlds and sampling, captured when first asked.
 
     A graph works on buffers of its own. The pasts are copied in and out: 0.2 GB a frame at the case study's size, a
-    tenth of a millisecond, and for it a state may be forked, joined and dropped as on any device.
+    tenth of a millisecond, and for it a state may be forked, joined and dropped as on any device. It holds the
+    transformers' weights in the precision of play, cast once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, genie: Genie) -> None:
+        self._genie, self._half = genie, list[tuple[Tensor, Tensor]]()
+        self._look = torch.compile(genie.dynamics.transformer.through, dynamic=False)
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()  # one replay at a time: they can share what they work in
         self._lock = threading.Lock()
@@ -35,11 +46,42 @@ class GraphLauncher:
         key = (run.__name__, constant, shapes)
         with self._lock:
             if key not in self._graphs:
-                self._graphs[key] = _Graph(run, caches, tensors, constant, self._pool)
+                with self._dressed():
+                    self._graphs[key] = _Graph(run, caches, tensors, constant, self._pool)
                 if len(self._graphs) > _KEPT:
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
             return self._graphs[key].replay(caches, tensors)
+
+    @contextmanager
+    def _dressed(self) -> Iterator[None]:
+        """The model as it is captured; whoever else looks at it finds the old one again."""
+        sampling, transformer = self._genie.config.sampling, self._genie.dynamics.transformer
+        whole = [(weight, weight.data) for weight, _ in self._half_weights()]
+        through = transformer.through
+
+        def look(x_BTND: Tensor, cache: TemporalCache | None, commit: bool, sublayers: int) -> Tensor:
+            x_BTND = (through if commit else self._look)(x_BTND, cache, commit, sublayers)
+            return x_BTND
+
+        try:
+            if sampling.precision == "bf16":
+                for weight, half in self._half:
+                    weight.data = half
+            if sampling.compile:
+                transformer.through = look  # type: ignore[method-assign]
+            yield
+        finally:
+            transformer.__dict__.pop("through", None)
+            for weight, data in whole:
+                weight.data = data
+
+    def _half_weights(self) -> list[tuple[Tensor, Tensor]]:
+        if not self._half:
+            for part in (self._genie.dynamics.transformer, self._genie.tokenizer.decoder):
+                linear = [module for module in part.modules() if isinstance(module, nn.Linear)]
+                self._half += [(layer.weight, layer.weight.detach().bfloat16()) for layer in linear]
+        return self._half
 
 
 class _Graph:

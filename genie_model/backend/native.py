@@ -13,9 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from genie_model.backend.graphs import GraphLauncher
-from genie_model.genie import Genie
-
 
 def device() -> torch.device:
     """The accelerator when there is one, else the CPU."""
@@ -39,12 +36,6 @@ def inputs(frames_BTHWC: NDArray[np.uint8], *known: NDArray[np.int64] | None) ->
     """What a model in training takes of a batch: its frames as above, and what else is known of them."""
     others = [torch.from_numpy(one).to(device(), non_blocking=True) for one in known if one is not None]
     return [to_unit_frames(frames_BTHWC), *others]
-
-
-def prepare_play(genie: Genie) -> None:
-    """Of a model that lies on `device()`."""
-    if device().type == "cuda":
-        genie.launch = GraphLauncher()
 
 
 def peak_memory_mb() -> float:

@@ -69,11 +69,23 @@ def test_a_captured_frame_is_the_launched_one(sampling: tuple[str, ...], precisi
         return seen
 
     expected = play()
-    genie.launch = GraphLauncher()
+    genie.launch = GraphLauncher(genie)
     found = [play(), play()][-1]  # captured, and then replayed alone
     genie.launch = plain
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+    assert {p.dtype for p in genie.parameters()} == {torch.float32}  # as before
+
+
+def test_a_compiled_frame_is_the_launched_one_up_to_rounding() -> None:
+    plain, compiled = model("sampling.order_noise=0", "sampling.temperature=0"), model("sampling.compile=true")
+    compiled.config = plain.config.with_overrides("sampling.compile=true")
+    compiled.launch = GraphLauncher(compiled)
+    frames = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
+    states = [genie.start(frames) for genie in (plain, compiled)]
+    for t in range(3):
+        a, b = (genie.step(state, torch.tensor([t, 1])) for genie, state in zip((plain, compiled), states, strict=True))
+        assert (a.float() - b.float()).abs().mean() < 1
 
 
 def test_a_training_step_moves_every_parameter() -> None:
