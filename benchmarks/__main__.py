@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.configs import CONFIGS
 from genie_model.backend import native
+from genie_model.chance import Chance
 from genie_model.checkpoint import save_model
 from genie_model.config import Config, StageConfig
 from genie_model.genie import Genie
@@ -121,11 +122,12 @@ def training_step(
     shape = (stage.batch_size, config.data.clip_length, *config.frame_shape)
     batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     module.to(native.device()).train()
-    optimizers = Optimizers(module, stage.optimizer)
+    optimizers, steps = Optimizers(module, stage.optimizer), itertools.count()
 
     def run() -> None:
+        chance = native.on_device(Chance.of_step(0, next(steps), stage.batch_size))
         with native.autocast(stage.precision):
-            loss, _ = module(*native.inputs(batch, codes_BTNC))
+            loss, _ = module(*native.inputs(batch, codes_BTNC), chance=chance)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), stage.optimizer.clip_norm)
         optimizers.step()

@@ -1,4 +1,4 @@
-"""The one trainer. A model is anything whose `forward(clips in [0, 1])` gives (loss, logs); it may take codes, actions.
+"""The one trainer. A model's `forward` takes clips in [0, 1], maybe codes or actions, and chance: (loss, logs).
 
 A step is a pure function of (config, data, step): the batch, the learning rate and the random numbers all derive from
 the step's number. So a run that was killed and started again ends in the very weights of one that was not.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from genie_model import checkpoint, files
 from genie_model.backend import native
+from genie_model.chance import Chance
 from genie_model.checkpoint import TrainingState
 from genie_model.config import Config, StageConfig
 from genie_model.data.loader import ClipLoader
@@ -30,6 +31,8 @@ from genie_model.tokens import tokens_of
 # The code that decides the weights of each model.
 TRAINER_CODE = (
     "backend/native.py",
+    "chance.py",
+    "collectives.py",
     "data/loader.py",
     "data/store.py",
     "layers.py",
@@ -176,9 +179,9 @@ def fit(
     with bar(desc=desc, unit="frame", total=stage.steps * frames_per_step, initial=start * frames_per_step) as progress:
         for step, batch in loader.stream(start, stage.steps):
             on_step(step)
-            torch.manual_seed(seed * 1_000_003 + step)
+            chance = Chance.of_step(seed, step, stage.batch_size)
             with native.autocast(stage.precision):
-                loss, tensors = module(*native.inputs(*batch))
+                loss, tensors = module(*native.inputs(*batch), chance=native.on_device(chance))
             loss.backward()
             gradient_norm = nn.utils.clip_grad_norm_(module.parameters(), stage.optimizer.clip_norm)
             optimizers.step(learning_rate_share(step, stage.steps, stage.optimizer))

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from genie_model.chance import Chance
+
 
 def device() -> torch.device:
     """The accelerator when there is one, else the CPU."""
@@ -36,6 +38,10 @@ def inputs(frames_BTHWC: NDArray[np.uint8], *known: NDArray[np.int64] | None) ->
     """What a model in training takes of a batch: its frames as above, and what else is known of them."""
     others = [torch.from_numpy(one).to(device(), non_blocking=True) for one in known if one is not None]
     return [to_unit_frames(frames_BTHWC), *others]
+
+
+def on_device(chance: Chance) -> Chance:
+    return Chance(*(key.to(device(), non_blocking=True) for key in chance))
 
 
 def peak_memory_mb() -> float:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from genie_model import files
+from genie_model.chance import Chance
 from genie_model.checkpoint import TrainingState, load_model, load_tokenizer, load_training, save_model
 from genie_model.config import Config
 from genie_model.data.loader import ClipLoader
@@ -104,7 +105,7 @@ def test_a_tokenizer_of_another_config_is_refused(data_uri: str, tmp_path: Path)
 
 def test_a_loss_that_is_not_finite_stops_the_run(data_uri: str, tmp_path: Path) -> None:
     class Broken(torch.nn.Linear):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def forward(self, x: torch.Tensor, chance: Chance) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return self.weight.sum() * torch.nan, {}
 
     loader = ClipLoader(VideoStore.open(f"{data_uri}/train"), 2, 8, seed=0)
@@ -116,7 +117,7 @@ def test_what_training_came_to_is_a_mean_over_its_last_fifth(data_uri: str, tmp_
     class Counting(torch.nn.Linear):
         steps = 0
 
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def forward(self, x: torch.Tensor, chance: Chance) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             self.steps += 1
             return self.weight.sum(), {"part/count": torch.tensor(float(self.steps))}
 
