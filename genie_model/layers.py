@@ -278,6 +278,11 @@ class STTransformer(nn.Module):
         return Time(*rotary_angles(past_B1 + steps_T, self.config.head_dim), bias_BTS)
 
 
+def sublayers(module: nn.Module) -> list[nn.Module]:
+    """The attentions and feed-forwards of its transformers: the units of sharding, recomputation and compilation."""
+    return [s for m in module.modules() if isinstance(m, STTransformer) for s in m.sublayers]
+
+
 class PatchGrid:
     """How frames are cut into N = rows * columns patches of P = patch * patch * 3 numbers, and put together again.
 
