@@ -30,10 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.configs import CONFIGS
 from genie_model.backend import native
 from genie_model.backend.graphs import prepare_play
+from genie_model.backend.native import Native
+from genie_model.chance import Chance
 from genie_model.checkpoint import save_model
-from genie_model.config import Config, StageConfig
+from genie_model.config import Config, ParallelConfig, StageConfig
+from genie_model.data.loader import Batch
 from genie_model.genie import Genie
-from genie_model.optim import Optimizers
 
 TRAINING_ROWS = 4096
 _FIRST_FRAME = """
@@ -121,15 +123,16 @@ def training_step(
     module: torch.nn.Module, config: Config, stage: StageConfig, codes_BTNC: np.ndarray | None = None
 ) -> Callable[[], None]:
     shape = (stage.batch_size, config.data.clip_length, *config.frame_shape)
-    batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    module.to(native.device()).train()
-    optimizers = Optimizers(module, stage.optimizer)
+    batch = Batch(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), codes_BTNC)
+    backend, steps = Native(ParallelConfig()), itertools.count()
+    optimizers = backend.prepare(module, stage)
 
     def run() -> None:
-        with native.autocast(stage.precision):
-            loss, _ = module(*native.inputs(batch, codes_BTNC))
+        inputs, chance = backend.inputs(batch, Chance.of_step(0, next(steps), stage.batch_size))
+        with backend.autocast(stage.precision):
+            loss, _ = module(*inputs, chance=chance)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), stage.optimizer.clip_norm)
+        backend.clip(module, stage.optimizer.clip_norm)
         optimizers.step()
 
     return run

@@ -235,6 +235,26 @@ class CloningConfig(ConfigNode):
     max_steps: int = Field(1_000, ge=1, description="then a level counts as lost; Procgen ends an episode at 1,000")
 
 
+class ParallelConfig(ConfigNode):
+    """Training over several devices (App. C.3). It decides no weights, up to rounding."""
+
+    backend: Literal["native", "xla"] = Field("native", description="CPU and CUDA, or what torch-xla knows: TPU")
+    data: int = Field(0, ge=0, description="groups of devices that share the batch; 0: as many as there are")
+    fsdp: int = Field(1, ge=1, description="devices that share the batch, and all parameters (stage-3 ZeRO)")
+    tensor: int = Field(1, ge=1, description="devices that share heads and feed-forwards of the same clips")
+    remat: bool = Field(False, description="sublayers are computed again in the backward pass, instead of kept")
+    compile: bool = Field(False, description="native: sublayers by torch.compile; xla always compiles")
+    compilation_cache: str = Field("", description="xla: a folder; what it holds is not compiled again")
+
+    def mesh(self, devices: int) -> tuple[int, int, int]:
+        """The sizes of (data, fsdp, tensor). Raises ValueError where they do not make up the devices."""
+        data = self.data or max(devices // (self.fsdp * self.tensor), 1)
+        if data * self.fsdp * self.tensor != devices:
+            wanted = f"parallel.data * fsdp * tensor = {data} * {self.fsdp} * {self.tensor}"
+            raise ValueError(f"{wanted} devices are asked for, and there are {devices}")
+        return data, self.fsdp, self.tensor
+
+
 class PromotionConfig(ConfigNode):
     """When a candidate may become the champion."""
 
@@ -271,6 +291,7 @@ class Config(ConfigNode):
         "of data.clip_length",
     )
     evaluation: EvaluationConfig = EvaluationConfig()
+    parallel: ParallelConfig = ParallelConfig()
     promotion: PromotionConfig = PromotionConfig()
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from genie_model.chance import Chance
 from genie_model.config import Config, SamplingConfig
 from genie_model.dynamics import DynamicsModel
 from genie_model.lam import LatentActionModel
@@ -115,13 +116,9 @@ class Genie(nn.Module):
             window=window,
         )
 
-    def train(self, mode: bool = True) -> Genie:
-        """The tokenizer stays in evaluation mode: it is frozen here, its moving codebook too."""
-        super().train(mode)
-        self.tokenizer.eval()
-        return self
-
-    def forward(self, x_BTHWC: Tensor, codes_BTNC: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x_BTHWC: Tensor, codes_BTNC: Tensor | None = None, *, chance: Chance
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Co-training (section 2.1): LAM and dynamics in one step, the tokenizer frozen.
 
         Clips in [0, 1]; their codes, if known, are not computed again.
@@ -129,9 +126,9 @@ class Genie(nn.Module):
         if codes_BTNC is None:
             with torch.no_grad():
                 codes_BTNC = self.tokenizer.encode(x_BTHWC)
-        lam_loss, actions, lam_logs = self.lam(self.lam_input(x_BTHWC, codes_BTNC))
+        lam_loss, actions, lam_logs = self.lam(self.lam_input(x_BTHWC, codes_BTNC), chance)
         dynamics_loss, dynamics_logs = self.dynamics(
-            codes_BTNC, actions.latents_BTL, self.tokenizer.quantizer.codebook_VL.detach()
+            codes_BTNC, actions.latents_BTL, self.tokenizer.quantizer.codebook_VL.detach(), chance
         )
         logs = {f"lam/{name}": value for name, value in lam_logs.items()}
         logs |= {f"dynamics/{name}": value for name, value in dynamics_logs.items()}
@@ -295,7 +292,7 @@ class Genie(nn.Module):
             return predicted.cpu()
         tokenizer = self.config.tokenizer
         latents_BTNCL = predicted.view(*predicted.shape[:-1], tokenizer.codes_per_patch, tokenizer.codebook.latent_dim)
-        return self.tokenizer.decode(self.tokenizer.quantizer(latents_BTNCL).codes).cpu()
+        return self.tokenizer.decode(self.tokenizer.quantizer.encode(latents_BTNCL)).cpu()
 
     def lam_input(self, x_BTHWC: Tensor, codes_BTNC: Tensor | None = None) -> Tensor:
         """Clips in [0, 1] as the LAM takes them; their codes, if known, are not computed again."""

@@ -106,18 +106,19 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.heads, self.head_dim = config.num_heads, config.head_dim
+        self.head_dim = config.head_dim
         inner = config.num_heads * config.head_dim
         self.norm = nn.LayerNorm(config.d_model)
-        self.qkv = nn.Linear(config.d_model, 3 * inner, bias=False)
-        self.qk_scale = nn.Parameter(torch.ones(2, 1, config.head_dim)) if config.qk_norm else None
+        # Head by head its queries, keys and values: so tensor parallelism cuts it, as `out`, between heads.
+        self.heads_in = nn.Linear(config.d_model, inner * 3, bias=False)
+        self.qk_scale = nn.Parameter(torch.ones(2, config.head_dim)) if config.qk_norm else None
         self.register_buffer("scale_K", torch.full((config.head_dim,), config.head_dim**-0.25), persistent=False)
         self.out = nn.Linear(inner, config.d_model, bias=False)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """qk (..., 2, H, K), normalised where the config says so (section 3) and scaled, and v (..., H, K)."""
-        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
-        qk, v = qkv[..., :2, :, :], qkv[..., 2, :, :]
+        """qk (..., H, 2, K), normalised where the config says so (section 3) and scaled, and v (..., H, K)."""
+        qkv = self.heads_in(self.norm(x)).unflatten(-1, (-1, 3, self.head_dim))
+        qk, v = qkv[..., :2, :], qkv[..., 2, :]
         if self.qk_scale is not None:
             qk = F.layer_norm(qk, (self.head_dim,), self.scale_K) * self.qk_scale.to(qk.dtype)
         else:
@@ -149,7 +150,7 @@ class SpatialAttention(Attention):
 
     def forward(self, x_BTND: Tensor) -> Tensor:
         qk, v = self.queries_keys_values(x_BTND)
-        q, k = rearrange(qk, "b t n two h k -> two (b t) h n k")
+        q, k = rearrange(qk, "b t n h two k -> two (b t) h n k")
         o = self.attend(q, k, rearrange(v, "b t n h k -> (b t) h n k"))
         merged: Tensor = self.out(rearrange(o, "(b t) h n k -> b t n (h k)", b=x_BTND.shape[0]))
         return merged
@@ -164,7 +165,7 @@ class TemporalAttention(Attention):
 
     def forward(self, x_BTND: Tensor, time: Time, cache: TemporalCache | None, layer: int, commit: bool) -> Tensor:
         qk, v_BNHTK = self.queries_keys_values(x_BTND)
-        qk_2BNHTK = rearrange(qk, "b t n two h k -> two b n h t k")
+        qk_2BNHTK = rearrange(qk, "b t n h two k -> two b n h t k")
         q_BNHTK, k_BNHTK = self._rotate(qk_2BNHTK, time.cos_BT.to(qk.dtype), time.sin_BT.to(qk.dtype))
         k_BNHSK, v_BNHSK = k_BNHTK, v_BNHTK = k_BNHTK, rearrange(v_BNHTK, "b t n h k -> b n h t k")
         if cache is not None and (commit or x_BTND.shape[1] == 1):
@@ -301,6 +302,11 @@ class STTransformer(nn.Module):
         position_BT = past_B1 + steps_T
         place_BT = position_BT[:, -self.window :] % self.window
         return Time(*rotary_angles(position_BT, self.config.head_dim), place_BT, bias_BTS, self.window)
+
+
+def sublayers(module: nn.Module) -> list[nn.Module]:
+    """The attentions and feed-forwards of its transformers: the units of sharding, recomputation and compilation."""
+    return [s for m in module.modules() if isinstance(m, STTransformer) for s in m.sublayers]
 
 
 class PatchGrid:
