@@ -26,6 +26,7 @@ from genie_model.optim import Optimizers, learning_rate_share
 from genie_model.progress import NoLog, RunLog, bar, summary
 from genie_model.source import code_digest
 from genie_model.tokens import tokens_of
+from genie_model.watch import Watch
 
 # The code that decides the weights of each model.
 TRAINER_CODE = (
@@ -38,7 +39,7 @@ TRAINER_CODE = (
 )
 _TOKENIZER_CODE = (*TRAINER_CODE, "quantizer.py", "tokenizer.py")
 _GENIE_CODE = (*_TOKENIZER_CODE, "dynamics.py", "genie.py", "lam.py", "tokens.py")
-_WATCHING = ("log_every", "checkpoint_every")  # how often training is looked at, not what it ends in
+_WATCHING = ("log_every", "checkpoint_every", "stall_seconds")  # how often training is looked at, not what it ends in
 
 
 def train_tokenizer(
@@ -166,6 +167,7 @@ def fit(
 
     Of the means a run that carried on knows those steps alone that it made itself.
     """
+    watch = Watch(desc, module, stage, loader.clip_length, log)
     native.keep_freed_memory()
     module.to(native.device()).train()
     optimizers = Optimizers(module, stage.optimizer)
@@ -173,8 +175,9 @@ def fit(
     frames_per_step = stage.batch_size * loader.clip_length
     began, logs = time.monotonic(), dict[str, float]()
     last, sums = max(stage.steps - min(stage.steps // 5, 300), start), dict[str, Tensor]()
-    with bar(desc=desc, unit="frame", total=stage.steps * frames_per_step, initial=start * frames_per_step) as progress:
-        for step, batch in loader.stream(start, stage.steps):
+    total, initial = stage.steps * frames_per_step, start * frames_per_step
+    with watch, bar(desc=desc, unit="frame", total=total, initial=initial) as progress:
+        for step, batch in watch.steps(start, loader.stream(start, stage.steps)):
             on_step(step)
             torch.manual_seed(seed * 1_000_003 + step)
             with native.autocast(stage.precision):
@@ -190,11 +193,12 @@ def fit(
                 logs = {key: float(value) for key, value in tensors.items()}
                 logs |= {"loss": float(loss.detach()), "gradient_norm": float(gradient_norm)}
                 _check_finite(logs["loss"], step)
-                rate = (done - start) * frames_per_step / (time.monotonic() - began)
-                log.metrics(logs | {"frames_per_second": rate}, done)
+                log.metrics(logs | watch.reading(done), done)
                 progress.set_postfix_str(_shown(logs))
             if done % stage.checkpoint_every == 0 and done < stage.steps:
-                state.save(done, module, optimizers)
+                with watch.aside():
+                    state.save(done, module, optimizers)
+                watch.saved()
     seconds = time.monotonic() - began
     resumed = f" (carried on from step {start:,})" if start else ""
     rate = (stage.steps - start) * frames_per_step / seconds

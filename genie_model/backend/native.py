@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import platform
 import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,16 @@ from torch import Tensor
 def device() -> torch.device:
     """The accelerator when there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name() -> str:
+    """As its vendor calls it."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def num_devices() -> int:
+    """That train together, of all processes."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager[None]:
@@ -47,6 +58,26 @@ def peak_memory_mb() -> float:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def compile_count() -> int:
+    """Graphs that torch.compile has made in this process, again for another shape included."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # takes a second to import, and whoever compiles has done so
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
+
+
+def mark() -> torch.cuda.Event | None:
+    """This moment in the order of the accelerator's work, which runs behind the program; None where nothing does."""
+    if not torch.cuda.is_available():
+        return None
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def seconds_between(first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+    """Of the accelerator's time, between two marks that it has passed."""
+    return float(first.elapsed_time(second)) / 1e3
 
 
 def keep_freed_memory() -> None:

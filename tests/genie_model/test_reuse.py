@@ -15,7 +15,18 @@ from genie_model.source import code_digest
 
 CONFIG = get_preset("tiny").with_overrides("train_tokenizer.steps=2", "train_world.steps=2")
 # Modules that training imports, but that leave the weights alone: the data set's digest says what they read.
-HARMLESS = {"checkpoint", "config", "files", "maskgit", "progress", "source", "data.shards"}
+HARMLESS = {
+    "checkpoint",
+    "config",
+    "exporter",
+    "files",
+    "maskgit",
+    "progress",
+    "source",
+    "speed",
+    "watch",
+    "data.shards",
+}
 
 
 @pytest.fixture
@@ -36,6 +47,7 @@ def both(config: Config, data_uri: str, root: Path) -> tuple[str, str]:
         "train_tokenizer.checkpoint_every=1",
         "train_world.log_every=1",
         "train_world.checkpoint_every=1",
+        "train_world.stall_seconds=1000",
         "evaluation.clips=3",
         "promotion.min_delta_psnr=1",
     ],
