@@ -169,7 +169,7 @@ def _stacks() -> str:
     """Of all threads but this one, innermost call last; a loader's thread tells why there is no batch."""
     frames, own = sys._current_frames(), threading.get_ident()
     return "\n".join(
-        f"  {thread.name}:\n" + "".join(traceback.format_stack(frames[thread.ident], limit=8)).rstrip()
+        f"  {thread.name}:\n" + "".join(traceback.format_stack(frames[thread.ident], limit=12)).rstrip()
         for thread in threading.enumerate()
         if thread.ident != own and thread.ident in frames
     )

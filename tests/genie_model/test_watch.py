@@ -25,6 +25,7 @@ from genie_model.policy import Policy
 from genie_model.presets import get_preset
 from genie_model.progress import NoLog
 from genie_model.train import fit
+from genie_model.watch import Watch
 
 CONFIG = get_preset("tiny")
 STALL = 0.6
@@ -86,14 +87,38 @@ def watched(
 
 
 def test_a_wait_for_data_is_told_from_work(tiny_data_uri: str, tmp_path: Path) -> None:
-    slow = dict.fromkeys(range(8), 0.1)
-    loading = watched(tiny_data_uri, tmp_path, loading=slow, log_every=8).values
-    working = watched(tiny_data_uri, tmp_path, working=slow, log_every=8).values
-    assert loading["data_wait_share"][8] > 0.6
-    assert working["data_wait_share"][8] < 0.3
-    assert loading["step_seconds"][8] >= 0.1
-    assert working["step_seconds"][8] >= 0.1
-    assert working["frames_per_second"][8] <= 2 * 8 / 0.1
+    slow, reading = dict.fromkeys(range(16), 0.2), 16  # of the last eight steps, whose batches are not made ahead
+    loading = watched(tiny_data_uri, tmp_path, loading=slow, steps=16, log_every=8).values
+    working = watched(tiny_data_uri, tmp_path, working=slow, steps=16, log_every=8).values
+    assert loading["data_wait_share"][reading] > 0.5
+    assert working["data_wait_share"][reading] < 0.2
+    assert working["step_seconds"][reading] >= 0.2
+    assert working["frames_per_second"][reading] <= 2 * 8 / 0.2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("times_the_work", "starved"), [(0.5, False), (2.0, True)])
+def test_a_wait_that_an_accelerator_works_through_does_not_count(times_the_work: float, starved: bool) -> None:
+    weights = torch.randn(8192, 8192, device="cuda").bfloat16()
+
+    def work(products: int) -> torch.Tensor:
+        for _ in range(products):
+            product = weights @ weights
+        return product.float().mean()
+
+    work(100).item()
+    seconds = speed.seconds_of(lambda: work(100))
+    watch = Watch("t", SlowModel({}), CONFIG.train_world, 8, NoLog())
+    batch = Batch(np.zeros((2, 8, 4, 4, 3), np.uint8))
+    loading = ((step, batch) for step in range(20) if not time.sleep(seconds * times_the_work))
+    with watch:
+        for step, _ in watch.steps(0, loading):
+            loss = work(100)
+            if step % 10 == 9:
+                loss.item()
+                share = watch.reading(step + 1)["data_wait_share"]
+    assert (share > 0.4) == starved
+    assert (share < 0.2) != starved
 
 
 @pytest.mark.parametrize(
@@ -110,17 +135,17 @@ def test_a_wait_for_data_is_told_from_work(tiny_data_uri: str, tmp_path: Path) -
 def test_a_step_that_stalls_is_reported_once_with_its_cause(
     slow: str, cause: str, place: str, tiny_data_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seconds = {0: 2 * STALL, 6: 3 * STALL}  # the first step may take its time
+    seconds = {0: 2 * STALL, 6: 5 * STALL}  # the first step may take its time
     log = watched(tiny_data_uri, tmp_path, checkpoint_every=7, stall_seconds=STALL, **{slow: seconds})  # type: ignore[arg-type]
     screen = capsys.readouterr().err
     told = [line for line in screen.splitlines() if line.startswith("[t] step")]
     assert len(told) == 2
-    assert told[0].startswith("[t] step 6 has taken 1 s, ")
+    assert told[0].startswith("[t] step 6 has taken ")
     assert told[0].endswith(cause)
     assert screen.count(place) == 1
-    assert told[1].startswith("[t] step 6 goes on: it took 2 s")
+    assert told[1].startswith("[t] step 6 goes on: it took ")
     assert log.values["stalled_seconds"].keys() == {6}
-    assert log.values["stalled_seconds"][6] == pytest.approx(3 * STALL, abs=STALL)
+    assert log.values["stalled_seconds"][6] > 2 * STALL
 
 
 def scraped(address: str) -> dict[str, float]:
