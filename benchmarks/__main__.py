@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,8 +35,8 @@ from genie_model.checkpoint import save_model
 from genie_model.config import Config, ParallelConfig, StageConfig
 from genie_model.data.loader import Batch
 from genie_model.genie import Genie
+from genie_model.speed import TRAINING_ROWS, matmul_rate, seconds_of
 
-TRAINING_ROWS = 4096
 _FIRST_FRAME = """
 import sys, time
 began = time.perf_counter()
@@ -85,29 +84,11 @@ HEADER = (
 )
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def median_seconds(run: Callable[[], object], budget: float = 15.0) -> tuple[float, int]:
     """The median and of how many: two runs to warm up, then 3 to 15, as many as the budget of seconds holds."""
     once = min(seconds_of(run) for _ in range(2))
     repeats = min(max(int(budget / once), 3), 15)
     return statistics.median(seconds_of(run) for _ in range(repeats)), repeats
-
-
-def matmul_rate(rows: int) -> float:
-    """FLOP/s of a bfloat16 matmul of so many rows, 512 by 512."""
-    a, b = (torch.randn(n, 512, device=native.device()).bfloat16() for n in (rows, 512))
-    for _ in range(10):
-        a @ b
-    at_once = 50 if a.is_cuda else 1  # else a launch is timed, not what it launches
-    times = [seconds_of(lambda: [a @ b for _ in range(at_once)]) for _ in range(50)]
-    return at_once * 2 * rows * 512 * 512 / statistics.median(times)
 
 
 def measure(config: str, what: str, run: Callable[[], object], frames: int, rows: int) -> Line:

@@ -187,6 +187,9 @@ class StageConfig(ConfigNode):
     precision: Literal["bf16", "fp32"] = "bf16"
     log_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(500, ge=1)
+    stall_seconds: float = Field(
+        60, gt=0, description="a step that takes longer, and ten times as long as others, is reported (watch.py)"
+    )
 
 
 class EvaluationConfig(ConfigNode):

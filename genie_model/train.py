@@ -29,6 +29,7 @@ from genie_model.optim import learning_rate_share
 from genie_model.progress import NoLog, RunLog, bar, summary
 from genie_model.source import code_digest
 from genie_model.tokens import tokens_of
+from genie_model.watch import Watch
 
 # The code that decides the weights of each model.
 TRAINER_CODE = (
@@ -46,7 +47,7 @@ TRAINER_CODE = (
 )
 _TOKENIZER_CODE = (*TRAINER_CODE, "quantizer.py", "tokenizer.py")
 _GENIE_CODE = (*_TOKENIZER_CODE, "dynamics.py", "genie.py", "lam.py", "tokens.py")
-_WATCHING = ("log_every", "checkpoint_every")  # how often training is looked at, not what it ends in
+_WATCHING = ("log_every", "checkpoint_every", "stall_seconds")  # how often training is looked at, not what it ends in
 
 
 def train_tokenizer(
@@ -188,13 +189,15 @@ def fit(
 
     Of the means a run that carried on knows those steps alone that it made itself.
     """
+    watch = Watch(desc, module, stage, loader.clip_length, log, backend)
     optimizers = backend.prepare(module, stage)
     start = state.restore(module, optimizers)
     frames_per_step = stage.batch_size * loader.clip_length
     began, logs = time.monotonic(), dict[str, float]()
     last = list[dict[str, Tensor]]()
-    with bar(desc=desc, unit="frame", total=stage.steps * frames_per_step, initial=start * frames_per_step) as progress:
-        for step, batch in loader.stream(start, stage.steps):
+    total, initial = stage.steps * frames_per_step, start * frames_per_step
+    with watch, bar(desc=desc, unit="frame", total=total, initial=initial) as progress:
+        for step, batch in watch.steps(start, loader.stream(start, stage.steps)):
             on_step(step)
             inputs, chance = backend.inputs(batch, Chance.of_step(seed, step, stage.batch_size))
             with backend.autocast(stage.precision):
@@ -210,11 +213,12 @@ def fit(
             if done % stage.log_every == 0 or done == stage.steps:
                 logs = backend.numbers({**tensors, "loss": loss.detach(), "gradient_norm": gradient_norm})
                 _check_finite(logs["loss"], step)
-                rate = (done - start) * frames_per_step / (time.monotonic() - began)
-                log.metrics(logs | {"frames_per_second": rate}, done)
+                log.metrics(logs | watch.reading(done), done)
                 progress.set_postfix_str(_shown(logs))
             if done % stage.checkpoint_every == 0 and done < stage.steps:
-                state.save(done, module, optimizers)
+                with watch.aside():
+                    state.save(done, module, optimizers)
+                watch.saved()
     seconds = time.monotonic() - began
     resumed = f" (carried on from step {start:,})" if start else ""
     rate = (stage.steps - start) * frames_per_step / seconds

@@ -45,6 +45,12 @@ class Backend(Protocol):
     def numbers(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         """Of scalars that are means over a process's clips, those over all clips."""
 
+    def device_name(self) -> str:
+        """Of one device, as its vendor calls it; "CPU"."""
+
+    def num_devices(self) -> int:
+        """That train together, of all processes."""
+
     def compile_count(self) -> int:
         """Programs compiled so far."""
 

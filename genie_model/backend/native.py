@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import platform
 import resource
@@ -33,6 +34,11 @@ from genie_model.optim import Optimizers
 def device() -> torch.device:
     """The accelerator when there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name() -> str:
+    """As its vendor calls it."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager[None]:
@@ -69,6 +75,20 @@ def compile_count() -> int:
     """Graphs that torch.compile has made in this process, again for another shape included."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # takes a second to import, and whoever compiles has done so
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
+
+
+def mark() -> torch.cuda.Event | None:
+    """This moment in the order of the accelerator's work, which runs behind the program; None where nothing does."""
+    if not torch.cuda.is_available():
+        return None
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def seconds_between(first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+    """Of the accelerator's time, between two marks that it has passed."""
+    return float(first.elapsed_time(second)) / 1e3
 
 
 def keep_freed_memory() -> None:
@@ -147,6 +167,12 @@ class Native:
     def numbers(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         means = collectives.mean(torch.stack([tensor.detach().float() for tensor in tensors.values()]))
         return dict(zip(tensors, means.tolist(), strict=True))
+
+    def device_name(self) -> str:
+        return device_name()
+
+    def num_devices(self) -> int:
+        return math.prod(self._sizes)
 
     def compile_count(self) -> int:
         return compile_count()

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,6 +24,7 @@ import torch_xla.debug.metrics as metrics
 import torch_xla.distributed.spmd as spmd
 import torch_xla.runtime as runtime
 from torch import Tensor, nn
+from torch_xla._internal import tpu
 from torch_xla.utils.checkpoint import checkpoint
 
 from genie_model.backend.sharding import check, cut
@@ -114,6 +117,15 @@ class XLA:
 
     def numbers(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         return dict(zip(tensors, map(float, xm._maybe_convert_to_cpu(list(tensors.values()))), strict=True))
+
+    def device_name(self) -> str:
+        if runtime.device_type() != "TPU":
+            return str(runtime.device_type())
+        kind = os.environ.get("TPU_ACCELERATOR_TYPE") or tpu.get_tpu_env().get("ACCELERATOR_TYPE", "")
+        return f"TPU {kind.partition('-')[0]}"  # v5p-256: of a slice of 256 cores
+
+    def num_devices(self) -> int:
+        return math.prod(self._sizes)
 
     def compile_count(self) -> int:
         compiled = metrics.metric_data("CompileTime")
