@@ -1,4 +1,4 @@
-"""Models and training states as safetensors and JSON, never pickle; whole or not there."""
+"""Models as safetensors and JSON, never pickle; whole or not there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -17,7 +18,6 @@ from genie_model.backend import native
 from genie_model.backend.graphs import prepare_play
 from genie_model.config import Config
 from genie_model.genie import Genie
-from genie_model.optim import Optimizers
 from genie_model.tokenizer import VideoTokenizer
 
 
@@ -35,15 +35,21 @@ WEIGHTS, CONFIG, TRAINING = "model.safetensors", "config.json", "training.json"
 def save_model(uri: str, whole: Whole, part: nn.Module | None = None) -> None:
     """A folder with the weights, of one part alone if named, and the whole `config.json`.
 
-    The config goes last: where it lies, the model is whole.
+    The config goes last: where it lies, the model is whole. Where several processes hold its parts, all of them call
+    this, and the first one writes.
     """
-    _write_tensors(f"{uri}/{WEIGHTS}", (part or whole).state_dict())
-    files.write_atomic(f"{uri}/{CONFIG}", whole.config.to_json().encode())
+    tensors = _gathered((part or whole).state_dict())
+    if _is_first():
+        files.write_atomic(f"{uri}/{WEIGHTS}", save_tensors(tensors))
+        files.write_atomic(f"{uri}/{CONFIG}", whole.config.to_json().encode())
+    if dist.is_initialized():
+        dist.barrier()  # none looks for it before it is there
 
 
 def save_training(uri: str, came_to: Mapping[str, float]) -> None:
     """What the training of the model there came to."""
-    files.write_atomic(f"{uri}/{TRAINING}", json.dumps(came_to, indent=2).encode())
+    if _is_first():
+        files.write_atomic(f"{uri}/{TRAINING}", json.dumps(came_to, indent=2).encode())
 
 
 def load_training(uri: str) -> dict[str, float]:
@@ -104,54 +110,17 @@ def load_weights(module: nn.Module, uri: str) -> None:
         ) from None
 
 
-class TrainingState:
-    """Checkpoints of one training run: `<uri>/step-<n>/`, and `latest.json` that names the newest whole one.
+def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All of every tensor on the host, in the first process; nothing in the others, which help to gather the parts."""
+    from torch.distributed.tensor import DTensor  # takes a second, and who only loads models needs none of it
 
-    A kill at any instant leaves the old or the new, never half of one.
-    """
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-
-    def save(self, step: int, module: nn.Module, optimizers: Optimizers) -> None:
-        """State after `step` steps; the one before it is removed once this is whole."""
-        before = self.latest_step()
-        folder = self._folder(step)
-        _write_tensors(f"{folder}/{WEIGHTS}", module.state_dict())
-        _write_tensors(f"{folder}/optimizer.safetensors", optimizers.tensors(module))
-        files.write_atomic(f"{self.uri}/latest.json", json.dumps({"step": step}).encode())
-        if before not in (0, step):
-            files.remove_tree(self._folder(before))
-
-    def latest_step(self) -> int:
-        """Steps done at the newest checkpoint; 0 when there is none."""
-        if not files.exists(f"{self.uri}/latest.json"):
-            return 0
-        try:
-            return int(json.loads(files.read(f"{self.uri}/latest.json"))["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(error) from None
-
-    def restore(self, module: nn.Module, optimizers: Optimizers) -> int:
-        """Loads the newest checkpoint, if there is one, and returns its step."""
-        step = self.latest_step()
-        if step:
-            load_weights(module, f"{self._folder(step)}/{WEIGHTS}")
-            try:
-                optimizers.fill(module, load_tensors(files.read(f"{self._folder(step)}/optimizer.safetensors")))
-            except (FileNotFoundError, SafetensorError, struct.error, KeyError) as error:
-                raise self._damaged(error) from None
-        return step
-
-    def remove(self) -> None:
-        files.remove_tree(self.uri)
-
-    def _damaged(self, error: Exception) -> ValueError:
-        return ValueError(f"the checkpoint at {self.uri} is damaged ({error}): delete that folder and run again")
-
-    def _folder(self, step: int) -> str:
-        return f"{self.uri}/step-{step:07d}"
+    gathered = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if _is_first():
+            gathered[name] = whole.detach().cpu().contiguous()
+    return gathered
 
 
-def _write_tensors(uri: str, tensors: dict[str, Tensor]) -> None:
-    files.write_atomic(uri, save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

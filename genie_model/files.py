@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 def write_atomic(uri: str, data: bytes) -> None:
     """All of the file or none of it. An object store's upload is atomic already; a local file is renamed into place."""
     fs, path = url_to_fs(uri)
-    if not isinstance(fs, LocalFileSystem):
+    if not is_local(uri):
         fs.pipe_file(path, data)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -28,6 +28,11 @@ def write_atomic(uri: str, data: bytes) -> None:
         if os.path.lexists(temporary):
             os.remove(temporary)
         raise explained(error, path) from None
+
+
+def is_local(uri: str) -> bool:
+    """Whether it is a path of this machine."""
+    return isinstance(url_to_fs(uri)[0], LocalFileSystem)
 
 
 def explained(error: OSError, path: str) -> OSError:

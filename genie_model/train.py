@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from genie_model import checkpoint, files
 from genie_model.backend import Backend, training
 from genie_model.chance import Chance
-from genie_model.checkpoint import TrainingState
 from genie_model.config import Config, StageConfig
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore
 from genie_model.genie import Genie
 from genie_model.optim import learning_rate_share
+from genie_model.preemption import Preempted, preemption
 from genie_model.progress import NoLog, RunLog, bar, summary
 from genie_model.source import code_digest
 from genie_model.tokens import tokens_of
+from genie_model.training_state import TrainingState
 from genie_model.watch import Watch
 
 # The code that decides the weights of each model.
@@ -152,7 +153,8 @@ def train_once(
         came_to = done.final | {f"peak_memory_mb_{step_name.replace('-', '_')}": backend.peak_memory_mb()}
         checkpoint.save_training(model_uri, came_to)  # before what makes the model whole
         checkpoint.save_model(model_uri, whole, trained)
-        state.remove()
+        if backend.first:
+            state.remove()
         summary(step_name, f"{done.text} -> {model_uri}")
     return model_uri
 
@@ -187,16 +189,18 @@ def fit(
 ) -> Trained:
     """Trains `module` in place from its newest checkpoint to `stage.steps`.
 
-    Of the means a run that carried on knows those steps alone that it made itself.
+    Of the means a run that carried on knows those steps alone that it made itself. After SIGTERM it ends its step,
+    saves and raises `Preempted`; the last step is left to end in a model.
     """
-    watch = Watch(desc, module, stage, loader.clip_length, log, backend)
+    watch = Watch(desc, module, stage, loader.clip_length, log, backend, lambda: state.saved_at)
     optimizers = backend.prepare(module, stage)
     start = state.restore(module, optimizers)
     frames_per_step = stage.batch_size * loader.clip_length
     began, logs = time.monotonic(), dict[str, float]()
     last = list[dict[str, Tensor]]()
     total, initial = stage.steps * frames_per_step, start * frames_per_step
-    with watch, bar(desc=desc, unit="frame", total=total, initial=initial) as progress:
+    progress = bar(desc=desc, unit="frame", total=total, initial=initial)
+    with preemption() as must_stop, state, watch, progress:
         for step, batch in watch.steps(start, loader.stream(start, stage.steps)):
             on_step(step)
             inputs, chance = backend.inputs(batch, Chance.of_step(seed, step, stage.batch_size))
@@ -215,10 +219,12 @@ def fit(
                 _check_finite(logs["loss"], step)
                 log.metrics(logs | watch.reading(done), done)
                 progress.set_postfix_str(_shown(logs))
-            if done % stage.checkpoint_every == 0 and done < stage.steps:
+            stopping = done < stage.steps and must_stop()
+            if stopping or (done % stage.checkpoint_every == 0 and done < stage.steps):
                 with watch.aside():
                     state.save(done, module, optimizers)
-                watch.saved()
+            if stopping:
+                raise Preempted
     seconds = time.monotonic() - began
     resumed = f" (carried on from step {start:,})" if start else ""
     rate = (stage.steps - start) * frames_per_step / seconds

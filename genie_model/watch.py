@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Self
 
@@ -49,12 +49,19 @@ class Watch:
     """
 
     def __init__(
-        self, desc: str, module: nn.Module, stage: StageConfig, clip_length: int, log: RunLog, backend: Backend
+        self,
+        desc: str,
+        module: nn.Module,
+        stage: StageConfig,
+        clip_length: int,
+        log: RunLog,
+        backend: Backend,
+        saved_at: Callable[[], float],
     ) -> None:
         self.backend = backend
         self.stage, self.desc, self.clip_length, self.log = stage, desc, clip_length, log
-        self._saved_at = time.monotonic()
-        self.exporter = Exporter(desc, lambda: time.monotonic() - self._saved_at)
+        self._saved_at = saved_at  # when the newest checkpoint was taken
+        self.exporter = Exporter(desc, lambda: time.monotonic() - saved_at())
         seen = self.exporter.port is not None or type(log) is not NoLog  # else nobody reads the figure
         self._peak = speed.peak_flops(backend.device_name(), stage.precision) if seen else None
         self._count_flops = speed.flops_counter(module, stage.precision) if self._peak else None
@@ -106,10 +113,6 @@ class Watch:
         self._aside += seconds
         self._now = moment and moment._replace(began=moment.began + seconds)
 
-    def saved(self) -> None:
-        """To be called when a checkpoint is whole."""
-        self._saved_at = time.monotonic()
-
     def reading(self, done: int) -> dict[str, float]:
         """Of the steps since the last one, to log after `done` steps; when the device's values were just read."""
         steps, elapsed = done - self._read_step, time.monotonic() - self._read_at
@@ -128,7 +131,7 @@ class Watch:
         self._usual = statistics.median(self._means)
         self._waits.clear()
         self._read_step, self._read_at, self._aside = done, time.monotonic(), 0.0
-        return found | {"checkpoint_age_seconds": time.monotonic() - self._saved_at}
+        return found | {"checkpoint_age_seconds": time.monotonic() - self._saved_at()}
 
     def _allowed(self, step: int, now: float) -> float:
         if self._usual is None:

@@ -67,7 +67,7 @@ def run_locally(
     """
     from kfp import local
 
-    pipeline, root_uri = pipeline_named(name), arguments["root_uri"]
+    pipeline, root_uri = _tried_once(pipeline_named(name)), arguments["root_uri"]
     warnings.filterwarnings("ignore", module="kfp.*")  # that resources and images mean nothing here
     local.init(
         runner=local.SubprocessRunner(use_venv=False),
@@ -101,6 +101,15 @@ def run_locally(
         except KeyboardInterrupt:
             _end_steps()
             raise
+
+
+def _tried_once(pipeline: Any) -> Any:
+    """No machine is taken away here: who waits is told at once why a step failed, and an end is an end."""
+    spec = pipeline.pipeline_spec
+    for component in (spec.root, *spec.components.values()):
+        for task in component.dag.tasks.values():
+            task.ClearField("retry_policy")
+    return pipeline
 
 
 def _still_whole(config: Config, root_uri: str) -> bool:

@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 from genie_model import checkpoint
 from genie_model.config import Config
 from genie_model.describe import sizes
+from genie_model.preemption import Preempted
 from genie_model.presets import get_preset
 from genie_model.progress import RUNNER_VARIABLE
 from genie_model.tracking.card import MADE
@@ -171,7 +172,8 @@ def step(
     "variant"}.
 
     An error of the user's (ValueError, OSError, MLflow's) leaves one line on stderr and exits with 1; its traceback
-    goes to the run as error.txt. Ctrl-C and SIGTERM mark the run KILLED and exit with 130.
+    goes to the run as error.txt. Ctrl-C and SIGTERM mark the run KILLED and exit with 130, or as training that saved
+    itself says (`Preempted`).
     """
     run: StepRun | None = None
     _interrupt_on_sigterm()
@@ -186,10 +188,10 @@ def step(
         print(f"[{name}] error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         _end_anyhow(run, name, "FAILED", traceback.format_exc())
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Preempted) as stopped:
         print(f"[{name}] stopped; run it again to carry on", file=sys.stderr, flush=True)
         _end_anyhow(run, name, "KILLED")
-        raise SystemExit(130) from None
+        raise SystemExit(stopped.code if isinstance(stopped, Preempted) else 130) from None
     except BaseException:
         _end_anyhow(run, name, "FAILED", traceback.format_exc())
         raise
@@ -337,7 +339,7 @@ def _end_with_runner() -> None:
     def watch() -> None:
         while psutil.pid_exists(runner):
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # not SIGTERM: training would first save
         time.sleep(20)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from genie_model.checkpoint import TrainingState, load_model
+from genie_model.checkpoint import load_model
 from genie_model.cloning import (
     ActionMap,
     evaluate_policies,
@@ -29,6 +29,7 @@ from genie_model.policy import Policy
 from genie_model.presets import get_preset
 from genie_model.progress import NoLog
 from genie_model.train import fit
+from genie_model.training_state import TrainingState
 
 CONFIG = get_preset("tiny")
 LENGTHS = (6, 9, 30)

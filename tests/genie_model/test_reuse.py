@@ -24,9 +24,11 @@ HARMLESS = {
     "exporter",
     "files",
     "maskgit",
+    "preemption",
     "progress",
     "source",
     "speed",
+    "training_state",
     "watch",
 }
 

@@ -20,6 +20,7 @@ from mlflow.entities import Run
 
 from genie_model.checkpoint import load_model, save_model
 from genie_model.genie import Genie
+from genie_model.preemption import Preempted
 from genie_model.presets import get_preset
 from genie_model.progress import RUNNER_VARIABLE
 from genie_model.tracking import StepRun, champion, decide, numbered, promote, register, step, versions
@@ -110,6 +111,13 @@ def test_a_killed_step_carries_on_its_run(store: Path, how: signal.Signals | str
         run.metrics({"loss": 2.0}, step=1)
     assert run.run_id == run_id
     assert [metric.value for metric in run.client.get_metric_history(run_id, "loss")] == [3.0, 2.0]
+
+
+def test_training_that_saved_itself_is_killed_and_exits_for_another_try(store: Path) -> None:
+    with pytest.raises(SystemExit) as ended, step("train", "tiny", ["seed=2"], root_uri="spot") as run:
+        raise Preempted
+    assert ended.value.code == 143
+    assert run.client.get_run(run.run_id).info.status == "KILLED"
 
 
 def test_a_user_s_error_is_one_line(store: Path, capfd: pytest.CaptureFixture[str]) -> None:

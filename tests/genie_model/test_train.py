@@ -1,6 +1,5 @@
 """The trainer: killed and resumed equals uninterrupted; finished work is reused; broken input says what to do."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from genie_model import files
 from genie_model.backend.native import Native
 from genie_model.chance import Chance
-from genie_model.checkpoint import TrainingState, load_model, load_tokenizer, load_training, save_model
+from genie_model.checkpoint import load_model, load_tokenizer, load_training, save_model
 from genie_model.config import Config, ParallelConfig
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore
@@ -20,6 +19,7 @@ from genie_model.optim import Optimizers, learning_rate_share
 from genie_model.presets import get_preset
 from genie_model.progress import NoLog
 from genie_model.train import fit, train_tokenizer, train_world
+from genie_model.training_state import TrainingState
 
 CONFIG = get_preset("tiny")
 
@@ -177,47 +177,6 @@ def test_broken_models_say_so(tmp_path: Path) -> None:
     (tmp_path / "model/config.json").write_text(CONFIG.with_overrides("tokenizer.codebook.num_codes=8").to_json())
     with pytest.raises(ValueError, match="do not fit their config"):
         load_model(uri)
-
-
-def saved_after_a_step(folder: Path) -> tuple[torch.nn.Linear, Optimizers, TrainingState]:
-    """A layer, its optimizers, and a checkpoint of both that says step 4."""
-    module = torch.nn.Linear(3, 3)
-    optimizers = Optimizers(module, CONFIG.train_world.optimizer)
-    module(torch.ones(1, 3)).sum().backward()
-    optimizers.step()
-    state = TrainingState(str(folder))
-    state.save(4, module, optimizers)
-    return module, optimizers, state
-
-
-@pytest.mark.parametrize("file", ["latest.json", "step-0000004/optimizer.safetensors"])
-def test_a_damaged_checkpoint_says_so(tmp_path: Path, file: str) -> None:
-    module, optimizers, state = saved_after_a_step(tmp_path)
-    (tmp_path / file).write_bytes(b"{")
-    with pytest.raises(ValueError, match=r"is damaged .*: delete that folder and run again"):
-        state.restore(module, optimizers)
-
-
-def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, optimizers, state = saved_after_a_step(tmp_path)
-    old = module.weight.detach().clone()
-    module(torch.ones(1, 3)).sum().backward()
-    optimizers.step()
-    real = files.write_atomic
-    for number in range(3):  # die at each of the files of the next checkpoint
-        left = iter(range(number))
-
-        def write(uri: str, data: bytes, left: Iterator[int] = left) -> None:
-            if next(left, None) is None:
-                raise Killed
-            real(uri, data)
-
-        monkeypatch.setattr(files, "write_atomic", write)
-        with pytest.raises(Killed):
-            state.save(8, module, optimizers)
-        other = torch.nn.Linear(3, 3)
-        assert state.restore(other, Optimizers(other, CONFIG.train_world.optimizer)) == 4
-        assert torch.equal(other.weight, old)
 
 
 def test_a_full_disk_is_one_clear_line_and_keeps_what_was_there(

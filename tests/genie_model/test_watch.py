@@ -18,7 +18,6 @@ from genie_model import describe, speed
 from genie_model.backend import native
 from genie_model.backend.native import Native
 from genie_model.chance import Chance
-from genie_model.checkpoint import TrainingState
 from genie_model.config import ParallelConfig
 from genie_model.data.loader import Batch, ClipLoader
 from genie_model.data.store import VideoStore
@@ -28,6 +27,7 @@ from genie_model.policy import Policy
 from genie_model.presets import get_preset
 from genie_model.progress import NoLog
 from genie_model.train import fit
+from genie_model.training_state import TrainingState
 from genie_model.watch import Watch
 
 CONFIG = get_preset("tiny")
@@ -121,7 +121,7 @@ def test_a_wait_that_an_accelerator_works_through_does_not_count(times_the_work:
 
     work(100).item()
     seconds = speed.seconds_of(lambda: work(100))
-    watch = Watch("t", SlowModel({}), CONFIG.train_world, 8, NoLog(), Native(ParallelConfig()))
+    watch = Watch("t", SlowModel({}), CONFIG.train_world, 8, NoLog(), Native(ParallelConfig()), time.monotonic)
     batch = Batch(np.zeros((2, 8, 4, 4, 3), np.uint8))
     loading = ((step, batch) for step in range(20) if not time.sleep(seconds * times_the_work))
     with watch:

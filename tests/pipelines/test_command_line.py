@@ -31,7 +31,9 @@ def test_compile_writes_the_pipeline_with_its_form(tmp_path: Path) -> None:
         "experiment": "genie",
     }
     assert all(field["description"] for field in form.values())
-    assert set(pipeline["root"]["dag"]["tasks"]) == {
+    tasks = pipeline["root"]["dag"]["tasks"]
+    assert {name for name, task in tasks.items() if "retryPolicy" in task} == {"train-tokenizer", "train-world"}
+    assert set(tasks) == {
         "collect",
         "train-tokenizer",
         "train-world",
@@ -63,6 +65,13 @@ def test_a_wrong_name_ends_before_anything_starts(
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_here_a_failed_step_is_not_tried_again() -> None:
+    program = "from pipelines.local import *; from pipelines.local import _tried_once as once\n"
+    program += "for name in PIPELINES: assert 'retry_policy' in str(pipeline_named(name).pipeline_spec)\n"
+    program += "for name in PIPELINES: assert 'retry_policy' not in str(once(pipeline_named(name)).pipeline_spec)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_submit_says_at_once_that_no_host_answers(tmp_path: Path) -> None:

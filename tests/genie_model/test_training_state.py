@@ -1,0 +1,426 @@
+"""Checkpoints: whole or not there, in parts that any number of processes reads; killed and resumed is uninterrupted."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from genie_model import files
+from genie_model.checkpoint import save_model
+from genie_model.data.loader import ClipLoader
+from genie_model.data.store import VideoStore
+from genie_model.genie import Genie
+from genie_model.optim import Optimizers
+from genie_model.preemption import Preempted, preemption
+from genie_model.presets import get_preset
+from genie_model.progress import NoLog
+from genie_model.train import fit
+from genie_model.training_state import TrainingState
+
+CONFIG = get_preset("tiny")
+PREEMPTED = 143
+
+# Each process is forked from one that has imported torch and run none of it: it starts in no time.
+forked = multiprocessing.get_context("forkserver")
+forked.set_forkserver_preload(
+    ["genie_model.train", "torch.distributed.fsdp", "torch._dynamo"]
+)  # the last by torch.optim
+
+
+def start(target: Callable[..., None], *arguments: object) -> BaseProcess:
+    process = forked.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def ended(*processes: BaseProcess) -> list[int | None]:
+    for process in processes:
+        process.join(timeout=60)
+    return [process.exitcode for process in processes]
+
+
+# One process, one layer.
+
+
+def layer(steps: int = 0) -> tuple[torch.nn.Linear, Optimizers]:
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 3)
+    optimizers = Optimizers(module, CONFIG.train_world.optimizer)
+    train_layer(module, optimizers, steps)
+    return module, optimizers
+
+
+def train_layer(module: torch.nn.Linear, optimizers: Optimizers, steps: int) -> None:
+    for step in range(steps):
+        module(torch.full((1, 3), step + 1.0)).square().sum().backward()
+        optimizers.step()
+
+
+def tensors(module: torch.nn.Module, optimizers: Optimizers) -> dict[str, torch.Tensor]:
+    both = {**module.state_dict(), **optimizers.tensors(module)}
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in both.items()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("root", ["memory://training", "{tmp}"])
+def test_a_save_keeps_the_state_at_its_step_while_training_goes_on(root: str, tmp_path: Path) -> None:
+    module, optimizers = layer(steps=2)
+    expected = tensors(module, optimizers)
+    with TrainingState(root.format(tmp=tmp_path)) as state:
+        state.save(2, module, optimizers)
+        train_layer(module, optimizers, steps=3)
+    assert not torch.equal(module.weight, expected["weight"])
+    other = layer()
+    assert TrainingState(state.uri).restore(*other) == 2
+    assert_same(tensors(*other), expected)
+    state.save(5, module, optimizers)
+    state.wait()
+    assert files.names(state.uri) == ["latest.json", "step-0000005"]
+    state.remove()
+    assert state.latest_step() == 0
+
+
+def test_age_counts_from_when_the_newest_whole_checkpoint_was_taken(tmp_path: Path) -> None:
+    state, before = TrainingState(str(tmp_path)), time.monotonic()
+    assert state.saved_at <= before
+    state.save(1, *layer(steps=1))
+    copied = time.monotonic()
+    state.wait()
+    assert before < state.saved_at <= copied
+
+
+def test_an_error_in_the_thread_is_raised_at_the_next_save_or_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    state = TrainingState(str(tmp_path / "file"))
+    module, optimizers = layer(steps=1)
+    state.save(1, module, optimizers)
+    with pytest.raises(NotADirectoryError):
+        state.save(2, module, optimizers)
+    with pytest.raises(NotADirectoryError), state:
+        state.save(3, module, optimizers)
+
+
+def test_a_full_disk_is_one_clear_line_and_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = TrainingState(str(tmp_path))
+    module, optimizers = layer(steps=1)
+    state.save(1, module, optimizers)
+    state.wait()
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    state.save(2, module, optimizers)
+    with pytest.raises(OSError, match="the disk is full; free some space and run again"):
+        state.wait()
+    assert state.latest_step() == 1
+
+
+@pytest.mark.parametrize("file", ["latest.json", ".metadata", "__0_0.distcp"])
+def test_a_damaged_checkpoint_says_so(tmp_path: Path, file: str) -> None:
+    with TrainingState(str(tmp_path)) as state:
+        state.save(4, *layer(steps=1))
+    (path,) = tmp_path.rglob(file)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"is damaged, .*: delete that folder and run again"):
+        state.restore(*layer())
+
+
+@pytest.mark.parametrize("other", [torch.nn.Linear(3, 4), torch.nn.Linear(3, 3, bias=False), torch.nn.PReLU()])
+def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path, other: torch.nn.Module) -> None:
+    with TrainingState(str(tmp_path)) as state:
+        state.save(4, *layer(steps=1))
+    with pytest.raises(ValueError, match=r"or of another model"):
+        state.restore(other, Optimizers(other, CONFIG.train_world.optimizer))
+
+
+def test_a_backend_gives_its_own_planners_and_copy(tmp_path: Path) -> None:
+    used = []
+
+    class Save(DefaultSavePlanner):
+        def create_local_plan(self) -> Any:
+            used.append("save")
+            return super().create_local_plan()
+
+    class Load(DefaultLoadPlanner):
+        def create_local_plan(self) -> Any:
+            used.append("load")
+            return super().create_local_plan()
+
+    def stage(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        used.append("stage")
+        return {name: 2 * value.detach() for name, value in state.items()}
+
+    module, optimizers = layer(steps=1)
+    with TrainingState(str(tmp_path), stage=stage, save_planner=Save, load_planner=Load) as state:
+        state.save(1, module, optimizers)
+    other = layer()
+    state.restore(*other)
+    assert used == ["stage", "save", "load"]
+    assert torch.equal(other[0].weight, 2 * module.weight)
+
+
+# Killed.
+
+
+def save_and_die(uri: str, number: int) -> None:
+    """Saves step 8 over what is there; dies before its `number`th change of the folder."""
+    done = iter(range(number))
+
+    def die(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") or (
+            event == "open" and arguments[1] is not None and not set(str(arguments[1])).isdisjoint("wax+")
+        )
+        if writes and uri in str(arguments[0]) and next(done, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module, optimizers = layer(steps=8)
+    with TrainingState(uri) as state:
+        sys.addaudithook(die)
+        state.save(8, module, optimizers)
+    os._exit(0)
+
+
+def test_a_kill_at_any_write_leaves_the_old_or_the_new_checkpoint(tmp_path: Path) -> None:
+    expected = {step: tensors(*layer(steps=step)) for step in (4, 8)}
+    found = []
+    for number in range(100):
+        uri = str(tmp_path / str(number))
+        with TrainingState(uri) as state:
+            state.save(4, *layer(steps=4))
+        (exitcode,) = ended(start(save_and_die, uri, number))
+        other = layer()
+        found.append(state.restore(*other))
+        assert_same(tensors(*other), expected[found[-1]])
+        with state:  # and the next save leaves nothing of it
+            state.save(9, *layer(steps=1))
+        assert files.names(uri) == ["latest.json", "step-0000009"]
+        if exitcode == 0:
+            break
+        assert exitcode == -signal.SIGKILL
+    assert found == sorted(found)
+    assert found.count(4) >= 6  # the folder, the parts, the index and its name, the mark and its name
+    assert found.count(8) >= 3  # the folder before goes
+
+
+class Lines(NoLog):
+    """Appends the loss of every logged step to a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def metrics(self, values, step=0) -> None:  # type: ignore[no-untyped-def]
+        with self.path.open("a") as file:
+            file.write(json.dumps([step, values["loss"]]) + "\n")
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    path = folder / "loss.jsonl"
+    return [tuple(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def train_tokenizer(folder: Path, data_uri: str, steps: int, wait_at: int | None = None, where: str = "") -> None:
+    """Carries on in `folder`, a checkpoint every other step, and leaves the weights there when it is done.
+
+    Every step is logged; `wait_at` names one that takes a minute, `where` a folder inside for the log.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    module = Genie(CONFIG).tokenizer
+    stage = CONFIG.train_tokenizer.model_copy(update={"steps": steps, "log_every": 1, "checkpoint_every": 2})
+    loader = ClipLoader(VideoStore.open(f"{data_uri}/train"), stage.batch_size, CONFIG.data.clip_length, seed=0)
+    log = Lines(folder / where / "loss.jsonl")
+    log.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def on_step(step: int) -> None:
+        if step == wait_at:
+            time.sleep(60)
+
+    fit(
+        module,
+        stage,
+        loader,
+        TrainingState(str(folder / "training")),
+        desc="test",
+        seed=0,
+        log=log,
+        on_step=on_step,
+    )
+    torch.save(module.state_dict(), folder / where / "weights.pt")
+
+
+def wait_for_step(process: BaseProcess, folder: Path, more_than: int = 0) -> None:
+    deadline = time.monotonic() + 60
+    while len(losses(folder)) <= more_than:
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def assert_resumed_equals_uninterrupted(broken: Path, whole: Path) -> None:
+    curve = dict(losses(whole))
+    assert dict(losses(broken)) == curve
+    assert all(curve[step] == loss for step, loss in losses(broken)), "also where a step was made twice"
+    assert_same(torch.load(broken / "weights.pt"), torch.load(whole / "weights.pt"))
+
+
+def test_killed_at_twenty_moments_and_resumed_equals_uninterrupted(tiny_data_uri: str, tmp_path: Path) -> None:
+    whole, broken, steps = tmp_path / "whole", tmp_path / "broken", 100
+    began = time.monotonic()
+    assert ended(start(train_tokenizer, whole, tiny_data_uri, steps)) == [0]
+    seconds = time.monotonic() - began
+    moments, begins = random.Random(0), []
+    for _ in range(20):
+        made = len(losses(broken))
+        process = start(train_tokenizer, broken, tiny_data_uri, steps)
+        wait_for_step(process, broken, more_than=made + moments.randrange(7))
+        time.sleep(moments.random() * seconds / steps)
+        process.kill()
+        assert ended(process) == [-signal.SIGKILL]
+        begins.append(losses(broken)[made][0])
+    assert begins == sorted(begins)
+    assert begins[-1] > 10, "checkpoints were made, and found"
+    assert ended(start(train_tokenizer, broken, tiny_data_uri, steps)) == [0]
+    assert_resumed_equals_uninterrupted(broken, whole)
+
+
+# SIGTERM.
+
+
+def test_sigterm_ends_the_step_saves_and_exits_for_another_try(tiny_data_uri: str, tmp_path: Path) -> None:
+    whole, broken, steps = tmp_path / "whole", tmp_path / "broken", 20
+    process = start(train_tokenizer, broken, tiny_data_uri, steps)
+    wait_for_step(process, broken, more_than=2)
+    process.terminate()
+    assert ended(process) == [PREEMPTED]
+    last = losses(broken)[-1][0]
+    assert TrainingState(str(broken / "training")).latest_step() == last < steps
+    assert ended(start(train_tokenizer, broken, tiny_data_uri, steps)) == [0]
+    assert ended(start(train_tokenizer, whole, tiny_data_uri, steps)) == [0]
+    assert len(losses(broken)) == steps, "no step was made twice"
+    assert_resumed_equals_uninterrupted(broken, whole)
+
+
+def test_a_second_sigterm_ends_it_at_once(tiny_data_uri: str, tmp_path: Path) -> None:
+    process = start(train_tokenizer, tmp_path, tiny_data_uri, 40, 4)  # the step after a save
+    wait_for_step(process, tmp_path, more_than=3)
+    began = time.monotonic()
+    process.terminate()
+    time.sleep(0.2)
+    assert process.is_alive()
+    process.terminate()
+    assert ended(process) == [-signal.SIGTERM]
+    assert time.monotonic() - began < 30
+
+
+def test_the_signal_is_taken_only_meanwhile() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with preemption() as must_stop:
+        assert signal.getsignal(signal.SIGTERM) != before
+        assert not must_stop()
+        signal.raise_signal(signal.SIGTERM)
+        assert must_stop()
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert Preempted().code == PREEMPTED
+
+
+def join(rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{size}", rank=rank, world_size=size)
+
+
+def train_together(rank: int, folder: Path, data_uri: str) -> None:
+    join(rank, 2, folder)
+    train_tokenizer(folder, data_uri, 1000, where=str(rank))
+
+
+def test_sigterm_to_one_of_two_processes_ends_both_after_the_same_step(tiny_data_uri: str, tmp_path: Path) -> None:
+    processes = [start(train_together, rank, tmp_path, tiny_data_uri) for rank in range(2)]
+    wait_for_step(processes[0], tmp_path / "0", more_than=2)
+    processes[1].terminate()
+    assert ended(*processes) == [PREEMPTED, PREEMPTED]
+    steps = {losses(tmp_path / str(rank))[-1][0] for rank in range(2)}
+    assert steps == {TrainingState(str(tmp_path / "training")).latest_step()}
+
+
+# Parts.
+
+
+def genie(processes: int = 0, seed: int = 0) -> tuple[Genie, Optimizers]:
+    """In as many parts as there are processes; whole in one that is alone."""
+    torch.manual_seed(seed)
+    module = Genie(CONFIG)
+    if processes:
+        fully_shard(module, mesh=init_device_mesh("cpu", (processes,)))
+    return module, Optimizers(module, CONFIG.train_world.optimizer.model_copy(update={"muon_lr": 0.0}))
+
+
+def trained(module: Genie, optimizers: Optimizers) -> tuple[Genie, Optimizers]:
+    """A step along gradients that need no forward pass."""
+    for number, parameter in enumerate(module.parameters()):
+        parameter.grad = torch.full_like(parameter, 1.0 + number % 7)
+    optimizers.step()
+    return module, optimizers
+
+
+def save_in_parts(rank: int, size: int, folder: Path) -> None:
+    join(rank, size, folder)
+    module, optimizers = trained(*genie(size))
+    with TrainingState(str(folder / "training")) as state:
+        state.save(3, module, optimizers)
+    save_model(str(folder / "model"), module)
+    assert (folder / "model/config.json").exists()
+
+
+def load_in_parts(rank: int, size: int, folder: Path) -> None:
+    join(rank, size, folder)
+    module, optimizers = genie(size, seed=1)
+    assert TrainingState(str(folder / "training")).restore(module, optimizers) == 3
+    assert isinstance(module.dynamics.position, DTensor)
+    assert_same(tensors(module, optimizers), tensors(*trained(*genie())))
+
+
+def test_saved_by_four_processes_and_loaded_by_one_and_two(tmp_path: Path) -> None:
+    assert ended(*(start(save_in_parts, rank, 4, tmp_path) for rank in range(4))) == [0] * 4
+    expected = trained(*genie())
+
+    index = FileSystemReader(tmp_path / "training/step-0000003").read_metadata()
+    parts: dict[str, set[str]] = {}
+    for item, stored in index.storage_data.items():
+        parts.setdefault(item.fqn, set()).add(stored.relative_path)
+    assert len(parts["model/dynamics.transformer.norm.weight"]) == 4
+    assert len(parts["optimizer/dynamics.transformer.norm.weight|exp_avg"]) == 4
+    plain = {name for name, _ in expected[0].named_buffers()} & expected[0].state_dict().keys()
+    assert plain
+    assert {len(parts[f"model/{name}"]) for name in plain} == {1}
+
+    alone = genie(seed=1)
+    assert TrainingState(str(tmp_path / "training")).restore(*alone) == 3
+    assert_same(tensors(*alone), tensors(*expected))
+    assert_same(load_file(tmp_path / "model/model.safetensors"), expected[0].state_dict())
+    assert ended(*(start(load_in_parts, rank, 2, tmp_path) for rank in range(2))) == [0, 0]
