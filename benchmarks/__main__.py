@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,12 +28,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.configs import CONFIGS
 from genie_model.backend import native
+from genie_model.backend.graphs import prepare_play
+from genie_model.backend.native import Native
+from genie_model.chance import Chance
 from genie_model.checkpoint import save_model
-from genie_model.config import Config, StageConfig
+from genie_model.config import Config, ParallelConfig, StageConfig
+from genie_model.data.loader import Batch
 from genie_model.genie import Genie
-from genie_model.optim import Optimizers
+from genie_model.speed import TRAINING_ROWS, matmul_rate, seconds_of
 
-TRAINING_ROWS = 4096
 _FIRST_FRAME = """
 import sys, time
 began = time.perf_counter()
@@ -82,28 +84,11 @@ HEADER = (
 )
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def median_seconds(run: Callable[[], object], budget: float = 15.0) -> tuple[float, int]:
     """The median and of how many: two runs to warm up, then 3 to 15, as many as the budget of seconds holds."""
     once = min(seconds_of(run) for _ in range(2))
     repeats = min(max(int(budget / once), 3), 15)
     return statistics.median(seconds_of(run) for _ in range(repeats)), repeats
-
-
-def matmul_rate(rows: int) -> float:
-    """FLOP/s of a bfloat16 matmul of so many rows, 512 by 512."""
-    a, b = (torch.randn(n, 512, device=native.device()).bfloat16() for n in (rows, 512))
-    for _ in range(10):
-        a @ b
-    times = [seconds_of(lambda: a @ b) for _ in range(50)]
-    return 2 * rows * 512 * 512 / statistics.median(times)
 
 
 def measure(config: str, what: str, run: Callable[[], object], frames: int, rows: int) -> Line:
@@ -119,15 +104,16 @@ def training_step(
     module: torch.nn.Module, config: Config, stage: StageConfig, codes_BTNC: np.ndarray | None = None
 ) -> Callable[[], None]:
     shape = (stage.batch_size, config.data.clip_length, *config.frame_shape)
-    batch = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    module.to(native.device()).train()
-    optimizers = Optimizers(module, stage.optimizer)
+    batch = Batch(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), codes_BTNC)
+    backend, steps = Native(ParallelConfig()), itertools.count()
+    optimizers = backend.prepare(module, stage)
 
     def run() -> None:
-        with native.autocast(stage.precision):
-            loss, _ = module(*native.inputs(batch, codes_BTNC))
+        inputs, chance = backend.inputs(batch, Chance.of_step(0, next(steps), stage.batch_size))
+        with backend.autocast(stage.precision):
+            loss, _ = module(*inputs, chance=chance)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), stage.optimizer.clip_norm)
+        backend.clip(module, stage.optimizer.clip_norm)
         optimizers.step()
 
     return run
@@ -168,7 +154,7 @@ def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]
         genie = model()
         sampling = config.sampling.model_copy(update={"maskgit_steps": steps})
         genie.config = config.model_copy(update={"sampling": sampling})
-        genie.to(native.device()).eval()
+        prepare_play(genie.to(native.device()).eval())
         prompt = torch.randint(0, 256, (1, clip, *config.frame_shape), dtype=torch.uint8)
         state, action = genie.start(prompt), torch.zeros(1, dtype=torch.long)
         return measure(name, what, lambda: genie.step(state, action), 1, genie.tokenizer.num_patches)

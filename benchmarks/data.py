@@ -1,17 +1,27 @@
-"""How fast data are made and read: `python -m benchmarks.data`. About a minute; no training may run beside it.
+"""How fast data are made and read: `python -m benchmarks.data [--only collect | loader | rate] [--json FILE]`.
+
+About two minutes; no training may run beside it. `rate` is what the paper's largest training asks (data_rate.py).
 
 Raw Procgen (64 simulators, the step and nothing else) and collect alternate, so that a busy machine slows both; the
-figures are medians. collect's aim is 60% of raw Procgen, the loader's is 5 times what training consumes.
+figures are medians. collect's aim is 60% of raw Procgen, the loader's is 5 times what training here consumes.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import platform
 import statistics
 import tempfile
 import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from benchmarks import data_rate
 from genie_model.data import coinrun
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore
@@ -52,26 +62,45 @@ def collect() -> float:
         return LEVELS * STEPS / (time.perf_counter() - started)
 
 
-def loader() -> float:
-    """Frames/s that the one prefetch thread delivers, random clips in random shards."""
+def loader(readers: int) -> float:
+    """Frames/s that the reader threads deliver, random clips in random shards of this machine's disk."""
     with tempfile.TemporaryDirectory() as root:
         store = VideoStore.open(f"{coinrun.collect(CONFIG, root)}/train")
         clips = ClipLoader(store, batch_size=16, clip_length=CONFIG.data.clip_length, seed=0)
         rates = []
         for _ in range(ROUNDS):
             started = time.perf_counter()
-            frames = sum(batch.frames_BTHWC.shape[0] * batch.frames_BTHWC.shape[1] for _, batch in clips.stream(0, 50))
+            batches = clips.stream(0, 50, readers=readers)
+            frames = sum(batch.frames_BTHWC.shape[0] * batch.frames_BTHWC.shape[1] for _, batch in batches)
             rates.append(frames / (time.perf_counter() - started))
         return statistics.median(rates)
 
 
 def main() -> None:
-    raw_procgen()  # the first simulator of a process draws its pictures, for seconds
-    pairs = [(raw_procgen(), collect()) for _ in range(ROUNDS)]
-    print(f"raw Procgen   {statistics.median(raw for raw, _ in pairs):10,.0f} frames/s")
-    print(f"collect       {statistics.median(made for _, made in pairs):10,.0f} frames/s")
-    print(f"collect/raw   {statistics.median(made / raw for raw, made in pairs):10.0%}")
-    print(f"loader        {loader():10,.0f} frames/s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("collect", "loader", "rate"))
+    parser.add_argument("--json", type=Path, help="where to write the same figures")
+    args = parser.parse_args()
+    found: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    if args.only in (None, "collect"):
+        raw_procgen()  # the first simulator of a process draws its pictures, for seconds
+        pairs = [(raw_procgen(), collect()) for _ in range(ROUNDS)]
+        found["raw_procgen"] = statistics.median(raw for raw, _ in pairs)
+        found["collect"] = statistics.median(made for _, made in pairs)
+        found["collect_over_raw"] = statistics.median(made / raw for raw, made in pairs)
+        print(f"raw Procgen       {found['raw_procgen']:10,.0f} frames/s")
+        print(f"collect           {found['collect']:10,.0f} frames/s")
+        print(f"collect/raw       {found['collect_over_raw']:10.0%}")
+    if args.only in (None, "loader"):
+        for readers in (1, 2, 8):
+            found[f"loader_{readers}"] = loader(readers)
+            print(f"loader, {readers} readers {found[f'loader_{readers}']:10,.0f} frames/s")
+    if args.only in (None, "rate"):
+        needs, rates = data_rate.needs(), list(data_rate.rates())
+        print(data_rate.table(rates, needs))
+        found |= {"needs": needs, "rates": [asdict(rate) for rate in rates]}
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

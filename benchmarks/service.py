@@ -30,9 +30,10 @@ import torch
 import websockets
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.__main__ import machine, matmul_rate
+from benchmarks.__main__ import machine
 from genie_model.checkpoint import load_model
 from genie_model.genie import Genie
+from genie_model.speed import matmul_rate
 from serving.sessions import FEW
 
 _WARM = 20  # frames: past the model's window, so that every step looks at a full one

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from genie_model import files
 from genie_model.backend import native
+from genie_model.backend.graphs import prepare_play
 from genie_model.config import Config
 from genie_model.genie import Genie
 from genie_model.tokenizer import VideoTokenizer
@@ -70,7 +71,8 @@ def load_model(uri: str) -> Genie:
     native.keep_freed_memory()
     genie = _untrained(uri)
     load_weights(genie, f"{uri}/{WEIGHTS}")
-    return genie.to(native.device()).eval()
+    prepare_play(genie.to(native.device()))
+    return genie.eval()
 
 
 def load_tokenizer(uri: str) -> VideoTokenizer:

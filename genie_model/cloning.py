@@ -53,8 +53,13 @@ def train_policy(
     name = model_name(f"policy-{kind}", learnt_from, config, ("policy", "train_policy", "seed"), code)
     torch.manual_seed(config.seed)
     policy, stage = Policy(config, num_actions), config.train_policy
-    loader = ClipLoader(store, stage.batch_size, config.policy.context, config.seed, actions=actions)
-    return train_once(f"train-policy-{kind}", name, policy, policy, stage, lambda: loader, root_uri, log)
+
+    def loader(rank: int, world_size: int) -> ClipLoader:
+        return ClipLoader(
+            store, stage.batch_size, config.policy.context, config.seed, rank, world_size, actions=actions
+        )
+
+    return train_once(f"train-policy-{kind}", name, policy, policy, stage, loader, root_uri, log)
 
 
 def load_policy(uri: str, num_actions: int) -> Policy:

@@ -144,6 +144,7 @@ class SamplingConfig(ConfigNode):
 
     maskgit_steps: int = Field(25, ge=1)
     precision: Literal["bf16", "fp32"] = Field("fp32", description="of play's matmuls; training has its own")
+    compile: bool = Field(False, description="on CUDA: frames in two thirds of the time, the first ones after a while")
     choice: Literal["draw", "mean"] = Field(
         "draw", description="of a token: drawn at random, or the code nearest to the mean of the codes' vectors"
     )
@@ -186,6 +187,9 @@ class StageConfig(ConfigNode):
     precision: Literal["bf16", "fp32"] = "bf16"
     log_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(500, ge=1)
+    stall_seconds: float = Field(
+        60, gt=0, description="a step that takes longer, and ten times as long as others, is reported (watch.py)"
+    )
 
 
 class EvaluationConfig(ConfigNode):
@@ -234,6 +238,26 @@ class CloningConfig(ConfigNode):
     max_steps: int = Field(1_000, ge=1, description="then a level counts as lost; Procgen ends an episode at 1,000")
 
 
+class ParallelConfig(ConfigNode):
+    """Training over several devices (App. C.3). It decides no weights, up to rounding."""
+
+    backend: Literal["native", "xla"] = Field("native", description="CPU and CUDA, or what torch-xla knows: TPU")
+    data: int = Field(0, ge=0, description="groups of devices that share the batch; 0: as many as there are")
+    fsdp: int = Field(1, ge=1, description="devices that share the batch, and all parameters (stage-3 ZeRO)")
+    tensor: int = Field(1, ge=1, description="devices that share heads and feed-forwards of the same clips")
+    remat: bool = Field(False, description="sublayers are computed again in the backward pass, instead of kept")
+    compile: bool = Field(False, description="native: sublayers by torch.compile; xla always compiles")
+    compilation_cache: str = Field("", description="xla: a folder; what it holds is not compiled again")
+
+    def mesh(self, devices: int) -> tuple[int, int, int]:
+        """The sizes of (data, fsdp, tensor). Raises ValueError where they do not make up the devices."""
+        data = self.data or max(devices // (self.fsdp * self.tensor), 1)
+        if data * self.fsdp * self.tensor != devices:
+            wanted = f"parallel.data * fsdp * tensor = {data} * {self.fsdp} * {self.tensor}"
+            raise ValueError(f"{wanted} devices are asked for, and there are {devices}")
+        return data, self.fsdp, self.tensor
+
+
 class PromotionConfig(ConfigNode):
     """When a candidate may become the champion."""
 
@@ -270,6 +294,7 @@ class Config(ConfigNode):
         "of data.clip_length",
     )
     evaluation: EvaluationConfig = EvaluationConfig()
+    parallel: ParallelConfig = ParallelConfig()
     promotion: PromotionConfig = PromotionConfig()
 
     @model_validator(mode="after")

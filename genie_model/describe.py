@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from genie_model.chance import Chance
 from genie_model.config import Config, ConfigNode, StageConfig
 from genie_model.genie import Genie
 from genie_model.layers import PatchGrid
@@ -40,7 +41,9 @@ def training_cost(module: nn.Module, config: Config, batch_size: int, precision:
     module.train()
     with FlopCounterMode(display=False) as counter, _kept_bytes(module) as kept:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss, _ = module(*inputs)
+            loss, _ = module(
+                *inputs, chance=Chance(torch.zeros((), dtype=torch.long), torch.zeros(1, dtype=torch.long))
+            )
         loss.backward()
     module.zero_grad(set_to_none=True)
     counts = counter.get_flop_counts()

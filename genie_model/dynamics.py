@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from genie_model import collectives
+from genie_model.chance import Chance
 from genie_model.config import DynamicsConfig
 from genie_model.layers import STTransformer, TemporalCache, TokenLinear
 
-_ROWS = 256  # positions whose logits are held at once
+_ROWS, _PARTS = 256, 4  # positions whose logits a CPU holds at once, and the parts in which other devices take all
 
 
 class DynamicsModel(nn.Module):
@@ -43,7 +45,7 @@ class DynamicsModel(nn.Module):
         super().__init__()
         self.config, self.num_codes, self.codes_per_patch = config, num_codes, codes_per_patch
         width = config.transformer.d_model
-        self.mask_token = num_codes
+        self.mask_token, self._dirty_share = num_codes, 1 - config.clean_frames
         self.token_in = nn.Embedding(codes_per_patch * (num_codes + 1), width)
         nn.init.normal_(self.token_in.weight, std=0.02)
         self.register_buffer("slot_C", torch.arange(codes_per_patch) * (num_codes + 1), persistent=False)
@@ -59,32 +61,33 @@ class DynamicsModel(nn.Module):
             nn.init.orthogonal_(self.vectors_in.weight)
             nn.init.orthogonal_(self.vectors_out.weight)
 
-    def forward(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor, chance: Chance
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and logs. `actions_BTL` holds T-1 latents, stop-gradient here: the LAM learns from its own loss alone.
 
         Every clip draws one masking rate from U[min, max); its tokens of frames 2..T are masked independently at it.
         The paper masks all frames alike, so the past is never as whole as it is in play; `clean_frames` leaves that
-        share of the frames unmasked.
+        share of a clip's frames unmasked.
         """
         low, high = self.config.mask_rate_min, self.config.mask_rate_max
-        B, T, device = *codes_BTNC.shape[:2], codes_BTNC.device
-        rate_B = low + (high - low) * torch.rand(B, 1, 1, 1, device=device)
-        mask_BTNC = torch.rand(codes_BTNC.shape, device=device) < rate_B
-        # A fixed number of frames of the whole batch are masked, so that shapes do not change from step to step.
-        dirty_F = _some_frames(B, T, 1 - self.config.clean_frames, device)
-        mask_FNC = mask_BTNC.flatten(0, 1)[dirty_F]
-        mask_BTNC = torch.zeros_like(mask_BTNC).flatten(0, 1).index_copy(0, dirty_F, mask_FNC).view_as(mask_BTNC)
+        rate_B111 = low + (high - low) * chance.of_clips("mask rate", 1, 1, 1)
+        mask_BTNC = chance.of_clips("mask", *codes_BTNC.shape[1:]) < rate_B111
+        dirty_BK, dirty_BT11 = _some_frames(chance.of_clips("dirty", codes_BTNC.shape[1] - 1), self._dirty_share)
+        mask_BTNC = mask_BTNC & dirty_BT11
         actions_BTL = F.pad(actions_BTL.detach(), (0, 0, 1, 0))
-        seen_BTNC = torch.where(mask_BTNC, self.mask_token, self._corrupt(codes_BTNC, actions_BTL, codebook_VL))
-        hidden_BTND = self.hidden(seen_BTNC, actions_BTL, codebook_VL)
-        weight_XC = mask_FNC.flatten(0, 1).float()
-        weight_XC = weight_XC / weight_XC.sum().clamp_min(1)
+        known_BTNC = self._corrupt(codes_BTNC, actions_BTL, codebook_VL, chance)
+        hidden_BTND = self.hidden(torch.where(mask_BTNC, self.mask_token, known_BTNC), actions_BTL, codebook_VL)
+        hidden_BKND, codes_BKNC, weight_BKNC = (
+            _take(x, dirty_BK) for x in (hidden_BTND, codes_BTNC, mask_BTNC.float())
+        )
+        weight_BKNC = weight_BKNC * collectives.processes() / collectives.total(weight_BKNC.sum()).clamp_min(1)
         loss, accuracy = _MaskedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden_BTND.flatten(0, 1)[dirty_F].flatten(0, 1),
+            hidden_BKND.flatten(1, 2),
             self.logits_weight(codebook_VL),
             self.logits_out.bias,
-            codes_BTNC.flatten(0, 1)[dirty_F].flatten(0, 1),
-            weight_XC,
+            codes_BKNC.flatten(1, 2),
+            weight_BKNC.flatten(1, 2),
         )
         return loss, {"cross_entropy": loss.detach(), "masked_accuracy": accuracy}
 
@@ -112,38 +115,38 @@ class DynamicsModel(nn.Module):
         tokens_BTND = tokens_BTND + action_BT1D
         return tokens_BTND
 
-    def _corrupt(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor) -> Tensor:
+    def _corrupt(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor, chance: Chance) -> Tensor:
         """Some known tokens become wrong ones, so that errors in play's past are nothing new (Valevski et al., 2024).
 
         Those of all frames become random codes, or those of half of the frames the model's guesses.
         """
         if not self.config.corrupt_tokens:
             return codes_BTNC
-        rate_B111 = self.config.corrupt_tokens * torch.rand(len(codes_BTNC), 1, 1, 1, device=codes_BTNC.device)
+        shape = codes_BTNC.shape[1:]
+        rate_B111 = self.config.corrupt_tokens * chance.of_clips("corruption rate", 1, 1, 1)
         if self.config.corrupt_by == "random":
-            wrong_BTNC = torch.randint_like(codes_BTNC, self.num_codes)
+            wrong_BTNC = chance.codes_of_clips("wrong codes", self.num_codes, *shape)
         else:
-            wrong_BTNC = self._dream(codes_BTNC, actions_BTL, codebook_VL)
-        return torch.where(torch.rand(codes_BTNC.shape, device=codes_BTNC.device) < rate_B111, wrong_BTNC, codes_BTNC)
+            wrong_BTNC = self._dream(codes_BTNC, actions_BTL, codebook_VL, chance)
+        return torch.where(chance.of_clips("corruption", *shape) < rate_B111, wrong_BTNC, codes_BTNC)
 
     @torch.no_grad()
-    def _dream(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor) -> Tensor:
+    def _dream(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor, chance: Chance) -> Tensor:
         """The codes, but half of the frames after the first as the model now sees them come, at one glance.
 
         Where two of them follow each other, the second rests on what is only guessed, as in play.
         """
-        B, T = codes_BTNC.shape[:2]
-        dreamt_F = _some_frames(B, T, 0.5, codes_BTNC.device)
-        flat_FNC = codes_BTNC.flatten(0, 1)
-        masked_BTNC = flat_FNC.index_fill(0, dreamt_F, self.mask_token).view_as(codes_BTNC)
-        hidden_FND = self.hidden(masked_BTNC, actions_BTL, codebook_VL).flatten(0, 1)[dreamt_F]
+        dreamt_BK, dreamt_BT11 = _some_frames(chance.of_clips("dreamt", codes_BTNC.shape[1] - 1), 0.5)
+        masked_BTNC = torch.where(dreamt_BT11, self.mask_token, codes_BTNC)
+        hidden_BKND = _take(self.hidden(masked_BTNC, actions_BTL, codebook_VL), dreamt_BK)
         weight_ED = self.logits_weight(codebook_VL)
         guessed = [
-            nearest_to_mean(self.logits(hidden_ND, weight_ED).float().softmax(-1), codebook_VL)[0]
-            for hidden_ND in hidden_FND  # a frame at a time: its logits stay in the CPU's cache
+            nearest_to_mean(self.logits(hidden_BND, weight_ED).float().softmax(-1), codebook_VL)[0]
+            for hidden_BND in hidden_BKND.unbind(1)  # a frame at a time: its logits stay in the CPU's cache
         ]
         torch.clear_autocast_cache()  # it holds the weights' casts without their graph (pytorch#112583)
-        return flat_FNC.index_copy(0, dreamt_F, torch.stack(guessed)).view_as(codes_BTNC)
+        guessed_BKNC = torch.stack(guessed, 1)
+        return codes_BTNC.scatter(1, dreamt_BK[:, :, None, None].expand_as(guessed_BKNC), guessed_BKNC)
 
     def logits(self, hidden_BTND: Tensor, weight_ED: Tensor) -> Tensor:
         """(..., D) -> (..., C, V), by the matrix that `logits_weight` makes."""
@@ -158,10 +161,22 @@ class DynamicsModel(nn.Module):
         return self.logits_out.weight + (codebook_VL @ vectors_CLD).flatten(0, 1)
 
 
-def _some_frames(B: int, T: int, share: float, device: torch.device) -> Tensor:
-    """That share of the B * T frames, at random, never a first one: indices into all of them, as many every time."""
-    chosen_F = torch.randperm(B * (T - 1), device=device)[: max(round(share * B * (T - 1)), 1)]
-    return chosen_F // (T - 1) * T + chosen_F % (T - 1) + 1
+def _some_frames(chance_BU: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """That share of each clip's frames, at random, never the first: which (B, K), and whether a frame is (B, T, 1, 1).
+
+    As many in every clip and at every step, so that shapes do not change and every clip stays where it is.
+    """
+    B, U = chance_BU.shape
+    frames_BK = chance_BU.argsort(dim=-1, stable=True)[:, : max(round(share * U), 1)] + 1
+    chosen_BT = torch.zeros(B, U + 1, dtype=torch.bool, device=chance_BU.device).scatter(1, frames_BK, True)
+    return frames_BK, chosen_BT[:, :, None, None]
+
+
+def _take(x_BTNX: Tensor, frames_BK: Tensor) -> Tensor:
+    """Those frames of each clip: (B, K, N, X). All that `_some_frames` could choose are taken as they lie."""
+    if frames_BK.shape[1] == x_BTNX.shape[1] - 1:
+        return x_BTNX[:, 1:]
+    return x_BTNX.gather(1, frames_BK[:, :, None, None].expand(-1, -1, *x_BTNX.shape[2:]))
 
 
 def nearest_to_mean(probs: Tensor, codebook_VL: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,20 +194,22 @@ def nearest_to_mean(probs: Tensor, codebook_VL: Tensor) -> tuple[Tensor, Tensor]
 class _MaskedCrossEntropy(torch.autograd.Function):
     """The weighted cross-entropy of a linear layer's outputs, and their weighted accuracy.
 
-    Logits are the largest tensors of the model (V times its tokens). Here they live a few rows at a time and their
-    gradient is taken on the spot, so they never leave the CPU's cache, nor fill an accelerator's memory.
+    Logits are the largest tensors of the model (V times its tokens). Here they live a few positions of every clip at a
+    time and their gradient is taken on the spot, so they never leave the CPU's cache, nor fill an accelerator's memory.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden_XD: Tensor, weight_ED: Tensor, bias_E: Tensor, codes_XC: Tensor, weight_XC: Tensor
+        ctx: FunctionCtx, hidden_BXD: Tensor, weight_ED: Tensor, bias_E: Tensor, codes_BXC: Tensor, weight_BXC: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """E = C * V outputs; each of the C groups of a row names one code."""
-        loss, right = hidden_XD.new_zeros((), dtype=torch.float32), hidden_XD.new_zeros((), dtype=torch.float32)
-        cast_ED, bias_E = weight_ED.to(hidden_XD.dtype), bias_E.to(hidden_XD.dtype)
+        """E = C * V outputs; each of the C groups of a position names one code."""
+        B, X, _ = hidden_BXD.shape
+        rows = max(_ROWS // B, 1) if hidden_BXD.device.type == "cpu" else -(-X // _PARTS)
+        loss, right = hidden_BXD.new_zeros((), dtype=torch.float32), hidden_BXD.new_zeros((), dtype=torch.float32)
+        cast_ED, bias_E = weight_ED.to(hidden_BXD.dtype), bias_E.to(hidden_BXD.dtype)
         hidden_grad, weight_grad, bias_grad = [], torch.zeros_like(weight_ED), torch.zeros_like(weight_ED[:, 0])
-        for start in range(0, len(hidden_XD), _ROWS):
-            hidden, codes, weight = (x[start : start + _ROWS] for x in (hidden_XD, codes_XC, weight_XC))
+        for part in zip(*(torch.split(x, rows, 1) for x in (hidden_BXD, codes_BXC, weight_BXC)), strict=True):
+            hidden, codes, weight = (x.flatten(0, 1) for x in part)
             logits_XCV = torch.addmm(bias_E, hidden, cast_ED.T).view(*codes.shape, -1).float()
             log_probs_XCV = logits_XCV.log_softmax(-1)
             true_XC1 = log_probs_XCV.gather(-1, codes[..., None])
@@ -201,10 +218,10 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             grad_XCV = log_probs_XCV.exp_()
             grad_XCV.scatter_add_(-1, codes[..., None], -torch.ones_like(true_XC1))
             grad_XE = grad_XCV.mul_(weight[..., None]).flatten(1).to(hidden.dtype)
-            hidden_grad.append(grad_XE @ cast_ED)
+            hidden_grad.append((grad_XE @ cast_ED).view(B, -1, hidden.shape[-1]))
             weight_grad += grad_XE.T @ hidden
             bias_grad += grad_XCV.flatten(1).sum(0)
-        ctx.save_for_backward(torch.cat(hidden_grad), weight_grad, bias_grad)
+        ctx.save_for_backward(torch.cat(hidden_grad, 1), weight_grad, bias_grad)
         ctx.mark_non_differentiable(right)
         return loss, right
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import tempfile
 from pathlib import Path, PurePosixPath
 
 from fsspec.core import url_to_fs
@@ -38,7 +36,7 @@ def is_local(uri: str) -> bool:
 
 
 def explained(error: OSError, path: str) -> OSError:
-    """The same error; for a full disk one that says what to do."""
+    """The error of writing to `path`, or one that says what to do about it."""
     if error.errno != errno.ENOSPC:
         return error
     return OSError(errno.ENOSPC, "the disk is full; free some space and run again, what was finished is kept", path)
@@ -70,26 +68,3 @@ def remove_tree(uri: str) -> None:
 def cache_dir() -> Path:
     """Where what was downloaded is kept ($GENIE_CACHE_DIR): it may be deleted at any time."""
     return Path(os.environ.get("GENIE_CACHE_DIR") or "~/.cache/genie").expanduser()
-
-
-def fetch(uri: str, sha256: str) -> Path | None:
-    """A local path to the remote file with that checksum, downloaded whole at first; None when its bytes are others.
-
-    Runs and ranks share what was downloaded, and none of it is stale.
-    """
-    fs, path = url_to_fs(uri)
-    cached = cache_dir() / f"{sha256}{PurePosixPath(path).suffix}"
-    if not cached.exists():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own until it is checked: other ranks may download the same file.
-        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
-            download = Path(folder, "download")
-            try:
-                fs.get_file(path, str(download))
-            except OSError as error:
-                raise explained(error, str(cached.parent)) from None
-            with download.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    return None
-            download.replace(cached)
-    return cached

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from genie_model.chance import Chance
 from genie_model.config import Config, SamplingConfig
 from genie_model.dynamics import DynamicsModel
 from genie_model.lam import LatentActionModel
-from genie_model.layers import TemporalAttention, TemporalCache
-from genie_model.maskgit import sample_frame
+from genie_model.layers import STTransformer, TemporalAttention, TemporalCache
+from genie_model.maskgit import draw_chances, sample_frame
 from genie_model.tokenizer import VideoTokenizer
 
 NO_ACTION = -1  # of a frame that no action led to: a world's first
+
+
+class Launch(Protocol):
+    """How a step of play is run: the function of the pasts that it goes on from, of tensors, and of what is constant.
+
+    A backend may put one in its place that runs the same kernels with less ado.
+    """
+
+    def __call__(
+        self,
+        run: Callable[[Sequence[TemporalCache], Sequence[Tensor], Any], tuple[Tensor, ...]],
+        caches: Sequence[TemporalCache],
+        tensors: Sequence[Tensor],
+        constant: Hashable,
+    ) -> tuple[Tensor, ...]: ...
+
+
+def _call(
+    run: Callable[..., tuple[Tensor, ...]],
+    caches: Sequence[TemporalCache],
+    tensors: Sequence[Tensor],
+    constant: Hashable,
+) -> tuple[Tensor, ...]:
+    return run(caches, tensors, constant)
 
 
 @dataclass
@@ -74,6 +100,7 @@ class Genie(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.launch: Launch = _call
         (height, width, _), window = config.frame_shape, config.data.clip_length
         self.tokenizer = VideoTokenizer(config.tokenizer, height, width, window)
         self.lam = LatentActionModel(
@@ -89,13 +116,9 @@ class Genie(nn.Module):
             window=window,
         )
 
-    def train(self, mode: bool = True) -> Genie:
-        """The tokenizer stays in evaluation mode: it is frozen here, its moving codebook too."""
-        super().train(mode)
-        self.tokenizer.eval()
-        return self
-
-    def forward(self, x_BTHWC: Tensor, codes_BTNC: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x_BTHWC: Tensor, codes_BTNC: Tensor | None = None, *, chance: Chance
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Co-training (section 2.1): LAM and dynamics in one step, the tokenizer frozen.
 
         Clips in [0, 1]; their codes, if known, are not computed again.
@@ -103,9 +126,9 @@ class Genie(nn.Module):
         if codes_BTNC is None:
             with torch.no_grad():
                 codes_BTNC = self.tokenizer.encode(x_BTHWC)
-        lam_loss, actions, lam_logs = self.lam(self.lam_input(x_BTHWC, codes_BTNC))
+        lam_loss, actions, lam_logs = self.lam(self.lam_input(x_BTHWC, codes_BTNC), chance)
         dynamics_loss, dynamics_logs = self.dynamics(
-            codes_BTNC, actions.latents_BTL, self.tokenizer.quantizer.codebook_VL.detach()
+            codes_BTNC, actions.latents_BTL, self.tokenizer.quantizer.codebook_VL.detach(), chance
         )
         logs = {f"lam/{name}": value for name, value in lam_logs.items()}
         logs |= {f"dynamics/{name}": value for name, value in dynamics_logs.items()}
@@ -193,25 +216,32 @@ class Genie(nn.Module):
     def advance(self, state: PlayState, action_B: Tensor, sampling: SamplingConfig) -> Tensor:
         """`step` without a look at the actions' values: they, and the frames, are on the device."""
         self.remember(state)
-        action_BL = self.lam.quantizer.embed(action_B)
-        chances = [
+        generators = [
             torch.Generator().manual_seed((seed * 1_000_003 + t) % 2**63)
             for seed, t in zip(state.seeds, state.t, strict=True)
         ]
-        with self._play_precision():
-            codes_B1NC = sample_frame(
-                self.dynamics,
-                sampling,
-                state.dynamics,
-                action_BL,
-                (self.tokenizer.grid.rows, self.tokenizer.grid.columns),
-                self.tokenizer.quantizer.codebook_VL,
-                chances,
-            )
-            self._show(state, codes_B1NC)
-        state.pending_BL = action_BL
+        tokens = (self.tokenizer.num_patches, self.config.tokenizer.codes_per_patch)
+        chances_SBNC = draw_chances(sampling, tokens, generators).to(self.device)
+        state.pending_BL = self.lam.quantizer.embed(action_B)
+        self._ahead(state.dynamics, self.dynamics.transformer)
+        self._ahead(state.decoder, self.tokenizer.decoder)
+        state.codes_BNC, state.frame_BHWC = self.launch(
+            self._dream, (state.dynamics, state.decoder), (state.pending_BL, chances_SBNC), sampling
+        )
         state.t = [t + 1 for t in state.t]
         return state.frame_BHWC
+
+    def _dream(
+        self, caches: Sequence[TemporalCache], tensors: Sequence[Tensor], sampling: SamplingConfig
+    ) -> tuple[Tensor, ...]:
+        """The codes (B, N, C) and the picture of the frame that follows the caches' past; the decoder's takes it in."""
+        (dynamics, decoder), (action_BL, chances_SBNC) = caches, tensors
+        grid, codebook_VL = self.tokenizer.grid, self.tokenizer.quantizer.codebook_VL
+        with self._play_precision():
+            codes_B1NC = sample_frame(
+                self.dynamics, sampling, dynamics, action_BL, (grid.rows, grid.columns), codebook_VL, chances_SBNC
+            )
+            return codes_B1NC[:, 0], _to_uint8(self.tokenizer.decode(codes_B1NC, decoder)[:, -1])
 
     @torch.no_grad()
     def remember(self, state: PlayState) -> None:
@@ -221,10 +251,20 @@ class Genie(nn.Module):
         between, while they look, saves them the time.
         """
         if state.pending_BL is not None:
-            codes_B1NC, actions_B1L = state.codes_BNC[:, None], state.pending_BL[:, None]
-            with self._play_precision():
-                self.dynamics.remember(codes_B1NC, actions_B1L, self.tokenizer.quantizer.codebook_VL, state.dynamics)
+            self._ahead(state.dynamics, self.dynamics.transformer)
+            self.launch(self._commit, (state.dynamics,), (state.codes_BNC, state.pending_BL), self.config.sampling)
             state.pending_BL = None
+
+    def _commit(self, caches: Sequence[TemporalCache], tensors: Sequence[Tensor], _: Hashable) -> tuple[Tensor, ...]:
+        (dynamics,), (codes_BNC, action_BL) = caches, tensors
+        with self._play_precision():
+            codebook_VL = self.tokenizer.quantizer.codebook_VL
+            self.dynamics.remember(codes_BNC[:, None], action_BL[:, None], codebook_VL, dynamics)
+        return ()
+
+    def _ahead(self, cache: TemporalCache, transformer: STTransformer) -> None:
+        """Puts into the cache what is known of the next frame's time, which hangs on numbers of the host's."""
+        transformer.time(self.device, len(cache.positions), 1, cache)
 
     @property
     def device(self) -> torch.device:
@@ -252,7 +292,7 @@ class Genie(nn.Module):
             return predicted.cpu()
         tokenizer = self.config.tokenizer
         latents_BTNCL = predicted.view(*predicted.shape[:-1], tokenizer.codes_per_patch, tokenizer.codebook.latent_dim)
-        return self.tokenizer.decode(self.tokenizer.quantizer(latents_BTNCL).codes).cpu()
+        return self.tokenizer.decode(self.tokenizer.quantizer.encode(latents_BTNCL)).cpu()
 
     def lam_input(self, x_BTHWC: Tensor, codes_BTNC: Tensor | None = None) -> Tensor:
         """Clips in [0, 1] as the LAM takes them; their codes, if known, are not computed again."""

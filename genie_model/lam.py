@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from genie_model import collectives
+from genie_model.chance import Chance
 from genie_model.config import LAMConfig
 from genie_model.layers import PatchGrid, STTransformer
 from genie_model.quantizer import VectorQuantizer
@@ -62,11 +64,14 @@ class LatentActionModel(nn.Module):
             nn.init.zeros_(self.shift_out.bias)
             self.shift_out.bias.data[shifts // 2] = math.log(shifts)  # half the weight on no shift at all
 
-    def forward(self, clips: Tensor) -> tuple[Tensor, LatentActions, dict[str, Tensor]]:
-        """Loss, actions and logs of clips in [0, 1] (B, T, H, W, 3), or of their tokens' vectors (B, T, N, C * L)."""
+    def forward(self, clips: Tensor, chance: Chance | None = None) -> tuple[Tensor, LatentActions, dict[str, Tensor]]:
+        """Loss, actions and logs of clips in [0, 1] (B, T, H, W, 3), or of their tokens' vectors (B, T, N, C * L).
+
+        The actions' codes learn where `chance` is given.
+        """
         patches = self._patches(clips)
         seen = self._see(patches)
-        actions, quantizer_loss, logs = self._infer(seen)
+        actions, quantizer_loss, logs = self._infer(seen, chance)
         predicted = self._predict(patches[:, :-1], seen[:, :-1], actions.latents_BTL).float()
         target, previous = patches[:, 1:].float(), patches[:, :-1].float()
         error_BT = (predicted - target).square().mean((2, 3))
@@ -75,7 +80,8 @@ class LatentActionModel(nn.Module):
         loss = error
         if self.config.loss == "relative":  # a step aside counts as much as a fall; where nothing moves, nothing counts
             loss = (error_BT / (copy_error_BT + 1e-3)).mean()
-        logs |= {"mse": error, "mse_over_copy": error / (copy_error + 1e-6), "quantizer_loss": quantizer_loss}
+        mse_over_copy = collectives.mean(error) / (collectives.mean(copy_error) + 1e-6)
+        logs |= {"mse": error, "mse_over_copy": mse_over_copy, "quantizer_loss": quantizer_loss}
         return loss + quantizer_loss, actions, {name: value.detach() for name, value in logs.items()}
 
     def infer(self, clips: Tensor) -> LatentActions:
@@ -101,10 +107,10 @@ class LatentActionModel(nn.Module):
         matches = block_matching(x_BTHWC, self.config.patch_size, self.config.motion_rows, self.config.motion_columns)
         return torch.cat([patches_BTNP, patches_BTNP - before, matches], -1)
 
-    def _infer(self, seen: Tensor) -> tuple[LatentActions, Tensor, dict[str, Tensor]]:
+    def _infer(self, seen: Tensor, chance: Chance | None = None) -> tuple[LatentActions, Tensor, dict[str, Tensor]]:
         h_BTND = self.encoder_in(seen)
         h_BTND = self.encoder(h_BTND + self.encoder_position.to(h_BTND.dtype))
-        quantized = self.quantizer(self.to_latent(h_BTND[:, 1:].mean(2)))
+        quantized = self.quantizer(self.to_latent(h_BTND[:, 1:].mean(2)), chance)
         logs = {f"action_{name}": value for name, value in quantized.logs.items()}
         return LatentActions(quantized.codes, quantized.latents), quantized.loss, logs
 
@@ -118,7 +124,7 @@ class LatentActionModel(nn.Module):
         if self.config.predict == "motion":
             shifts_BTNS = self.shift_out(h_BTND) + self.action_shift(latents_BTL)[:, :, None]
             moved_BTNP = self._move(patches_BTNP, shifts_BTNS.float().softmax(-1))
-            out_BTNP = out_BTNP + torch.logit(moved_BTNP, eps=0.01)
+            out_BTNP = out_BTNP + _logit(moved_BTNP)
         return torch.sigmoid(out_BTNP)
 
     def _move(self, patches_BTNP: Tensor, weights_BTNS: Tensor) -> Tensor:
@@ -129,11 +135,25 @@ class LatentActionModel(nn.Module):
         P, rows, columns = self.config.patch_size, self.config.motion_rows, self.config.motion_columns
         frames_XCHW = self.grid.tile(patches_BTNP.float()).flatten(0, 1).movedim(-1, 1)
         padded = F.pad(frames_XCHW, (columns, columns, rows, rows), mode="replicate")
-        windows = padded.unfold(2, P + 2 * rows, P).unfold(3, P + 2 * columns, P)
-        windows_YCRS = rearrange(windows, "x c h w r s -> (x h w) c r s")
+        windows = _windows(_windows(padded, 2, P + 2 * rows, P), 4, P + 2 * columns, P)
+        windows_YCRS = rearrange(windows, "x c h r w s -> (x h w) c r s")
         kernels_YKL = weights_BTNS.reshape(-1, 2 * rows + 1, 2 * columns + 1)
         moved: Tensor = _Correlate.apply(windows_YCRS, kernels_YKL)  # type: ignore[no-untyped-call]
         return rearrange(moved, "y c p q -> y (p q c)").view_as(patches_BTNP)
+
+
+def _logit(x: Tensor) -> Tensor:
+    """torch.logit(x, eps=0.01), whose gradient XLA does not know."""
+    x = x.clamp(0.01, 0.99)
+    return (x / (1 - x)).log()
+
+
+def _windows(x: Tensor, dim: int, size: int, stride: int) -> Tensor:
+    """Cuts `dim` into (windows, size) as Tensor.unfold does, which XLA does not know; `size` follows at once."""
+    places = torch.arange(0, x.shape[dim] - size + 1, stride, device=x.device)[:, None]
+    places = places + torch.arange(size, device=x.device)
+    windows = x.index_select(dim, places.flatten())
+    return windows.view(*x.shape[:dim], *places.shape, *x.shape[dim + 1 :])
 
 
 @torch.no_grad()
@@ -149,8 +169,8 @@ def block_matching(x_BTHWC: Tensor, patch: int, rows: int, columns: int) -> Tens
         before = torch.cat([grey[:, :1], grey[:, :-1]], 1)
         now_X1PQ = rearrange(grey, "b t (h p) (w q) -> (b t h w) 1 p q", p=patch, q=patch)
         padded = F.pad(before, (columns, columns, rows, rows), mode="replicate")
-        windows = padded.unfold(2, patch + 2 * rows, patch).unfold(3, patch + 2 * columns, patch)
-        windows_1XRS = windows.reshape(1, -1, patch + 2 * rows, patch + 2 * columns)
+        windows = _windows(_windows(padded, 2, patch + 2 * rows, patch), 4, patch + 2 * columns, patch)
+        windows_1XRS = rearrange(windows, "b t h r w s -> 1 (b t h w) r s")
         offset_X = now_X1PQ.mean((1, 2, 3))  # taken from both: the differences below lose no digits
         windows_1XRS, now_X1PQ = windows_1XRS - offset_X[:, None, None], now_X1PQ - offset_X[:, None, None, None]
         product = F.conv2d(windows_1XRS, now_X1PQ, groups=len(now_X1PQ)) / patch**2

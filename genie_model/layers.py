@@ -35,6 +35,7 @@ class TemporalCache:
     def __init__(self) -> None:
         self.positions: list[int] = []  # of each world: frames committed so far, the rotary position of the next one
         self.rings: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (k_BNHSK, v_BNHSK)
+        self.next: Time | None = None  # of the next frame, once it was looked at and until it is committed
 
     def fork(self) -> TemporalCache:
         """A copy that may go another way."""
@@ -61,28 +62,30 @@ class TemporalCache:
             joined.rings[layer] = (torch.cat(keys), torch.cat(values))
         return joined
 
-    def write(self, layer: int, window: int, k_BNHTK: Tensor, v_BNHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts frames that follow the past in their places; returns the rings."""
+    def write(self, layer: int, time: Time, k_BNHTK: Tensor, v_BNHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts frames that follow the past in their places; returns the rings. Of many, the last `window` remain."""
+        B, N, H, _, K = k_BNHTK.shape
         if layer not in self.rings:
-            B, N, H, _, K = k_BNHTK.shape
-            self.rings[layer] = (k_BNHTK.new_zeros(B, N, H, window, K), v_BNHTK.new_zeros(B, N, H, window, K))
-        T = k_BNHTK.shape[3]
-        for t in range(max(T - window, 0), T):
-            places = [(position + t) % window for position in self.positions]
-            for ring, new in zip(self.rings[layer], (k_BNHTK, v_BNHTK), strict=True):
-                if len(set(places)) == 1:
-                    ring[:, :, :, places[0]] = new[:, :, :, t]
-                else:
-                    ring[list(range(len(places))), :, :, places] = new[:, :, :, t]
+            self.rings[layer] = (k_BNHTK.new_zeros(B, N, H, time.window, K), v_BNHTK.new_zeros(B, N, H, time.window, K))
+        for ring, new in zip(self.rings[layer], (k_BNHTK, v_BNHTK), strict=True):
+            if len(time.place_BT) == 1:
+                ring.index_copy_(3, time.place_BT[0], new[:, :, :, -time.window :])
+            else:
+                ring[torch.arange(B, device=new.device), :, :, time.place_BT[:, 0]] = new[:, :, :, 0]
         return self.rings[layer]
 
 
 class Time(NamedTuple):
-    """What temporal attention knows of the frames in a pass: their rotary angles, and who may see whom."""
+    """What temporal attention knows of the frames in a pass: angles, places in the rings, and who may see whom.
 
-    cos_BT: Tensor  # (B or 1, 1, 1, T, K/2)
+    Worlds that are equally old share one row: then B is 1 here.
+    """
+
+    cos_BT: Tensor  # (B, 1, 1, T, K/2), rotary
     sin_BT: Tensor
-    bias_BTS: Tensor | None  # (B or 1, T, S), 0 where allowed and -inf elsewhere; none: all is allowed
+    place_BT: Tensor  # int64, of the last `window` frames
+    bias_BTS: Tensor | None  # (B, T, S), 0 where allowed and -inf elsewhere; none: all is allowed
+    window: int
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -95,26 +98,27 @@ def rotary_angles(positions_BT: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 class Attention(nn.Module):
     """Multi-head self-attention over one axis.
 
-    Two batched matmuls and a softmax: over axes as short as a clip's 16 frames or a frame's 64 patches, the fused CPU
-    kernel's backward is several times slower (5-9x, torch 2.13, bf16).
+    On CPUs two batched matmuls and a softmax: over axes as short as a clip's 16 frames or a frame's 64 patches, the
+    fused kernel's backward is several times slower there (5-9x, torch 2.13, bf16).
     """
 
     scale_K: Tensor  # K^-1/4, of both queries and keys: their products have softmax attention's K^-1/2
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.heads, self.head_dim = config.num_heads, config.head_dim
+        self.head_dim = config.head_dim
         inner = config.num_heads * config.head_dim
         self.norm = nn.LayerNorm(config.d_model)
-        self.qkv = nn.Linear(config.d_model, 3 * inner, bias=False)
-        self.qk_scale = nn.Parameter(torch.ones(2, 1, config.head_dim)) if config.qk_norm else None
+        # Head by head its queries, keys and values: so tensor parallelism cuts it, as `out`, between heads.
+        self.heads_in = nn.Linear(config.d_model, inner * 3, bias=False)
+        self.qk_scale = nn.Parameter(torch.ones(2, config.head_dim)) if config.qk_norm else None
         self.register_buffer("scale_K", torch.full((config.head_dim,), config.head_dim**-0.25), persistent=False)
         self.out = nn.Linear(inner, config.d_model, bias=False)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """qk (..., 2, H, K), normalised where the config says so (section 3) and scaled, and v (..., H, K)."""
-        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
-        qk, v = qkv[..., :2, :, :], qkv[..., 2, :, :]
+        """qk (..., H, 2, K), normalised where the config says so (section 3) and scaled, and v (..., H, K)."""
+        qkv = self.heads_in(self.norm(x)).unflatten(-1, (-1, 3, self.head_dim))
+        qk, v = qkv[..., :2, :], qkv[..., 2, :]
         if self.qk_scale is not None:
             qk = F.layer_norm(qk, (self.head_dim,), self.scale_K) * self.qk_scale.to(qk.dtype)
         else:
@@ -123,6 +127,8 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., queries, K) x (..., keys, K) -> (..., queries, K); `bias` is 0 where allowed and -inf elsewhere."""
+        if q.is_cuda:
+            return _fused_attention(q, k, v, bias)
         scores = q @ k.transpose(-1, -2)
         if bias is not None:
             scores = scores + bias.to(scores.dtype)
@@ -130,12 +136,21 @@ class Attention(nn.Module):
         return out
 
 
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Of queries and keys that are scaled already. The kernels take four dimensions, (X, H, T, K)."""
+    if bias is not None and len(bias) > 1:  # worlds of different ages
+        bias = bias.expand(*q.shape[:-3], *bias.shape[-3:])
+    mask = None if bias is None else bias.to(q.dtype).flatten(0, -4)
+    flat_q, flat_k, flat_v = (x.flatten(0, -4) for x in (q, k, v))
+    return F.scaled_dot_product_attention(flat_q, flat_k, flat_v, attn_mask=mask, scale=1.0).view(q.shape)
+
+
 class SpatialAttention(Attention):
     """Every patch attends to all patches of its own frame."""
 
     def forward(self, x_BTND: Tensor) -> Tensor:
         qk, v = self.queries_keys_values(x_BTND)
-        q, k = rearrange(qk, "b t n two h k -> two (b t) h n k")
+        q, k = rearrange(qk, "b t n h two k -> two (b t) h n k")
         o = self.attend(q, k, rearrange(v, "b t n h k -> (b t) h n k"))
         merged: Tensor = self.out(rearrange(o, "(b t) h n k -> b t n (h k)", b=x_BTND.shape[0]))
         return merged
@@ -150,11 +165,11 @@ class TemporalAttention(Attention):
 
     def forward(self, x_BTND: Tensor, time: Time, cache: TemporalCache | None, layer: int, commit: bool) -> Tensor:
         qk, v_BNHTK = self.queries_keys_values(x_BTND)
-        qk_2BNHTK = rearrange(qk, "b t n two h k -> two b n h t k")
+        qk_2BNHTK = rearrange(qk, "b t n h two k -> two b n h t k")
         q_BNHTK, k_BNHTK = self._rotate(qk_2BNHTK, time.cos_BT.to(qk.dtype), time.sin_BT.to(qk.dtype))
         k_BNHSK, v_BNHSK = k_BNHTK, v_BNHTK = k_BNHTK, rearrange(v_BNHTK, "b t n h k -> b n h t k")
         if cache is not None and (commit or x_BTND.shape[1] == 1):
-            rings = cache.write(layer, self.window, k_BNHTK, v_BNHTK)
+            rings = cache.write(layer, time, k_BNHTK, v_BNHTK)
             if x_BTND.shape[1] == 1:
                 k_BNHSK, v_BNHSK = rings
         o_BNHTK = self.attend_in_time(q_BNHTK, k_BNHSK, v_BNHSK, time.bias_BTS)
@@ -240,31 +255,41 @@ class STTransformer(nn.Module):
 
         `commit` makes them past. Without it they only look, and the next look overwrites them.
         """
-        y_BTND: Tensor = self.norm(self._through(x_BTND, cache, commit, len(self.sublayers)))
+        y_BTND: Tensor = self.norm(self.through(x_BTND, cache, commit, len(self.sublayers)))
         return y_BTND
 
     def remember(self, x_BTND: Tensor, cache: TemporalCache) -> None:
         """`forward` with `commit` for the cache's sake alone."""
-        self._through(x_BTND, cache, True, self._past_ends)
+        self.through(x_BTND, cache, True, self._past_ends)
 
-    def _through(self, x_BTND: Tensor, cache: TemporalCache | None, commit: bool, sublayers: int) -> Tensor:
-        """The first `sublayers` of them."""
+    def through(self, x_BTND: Tensor, cache: TemporalCache | None, commit: bool, sublayers: int) -> Tensor:
+        """The first `sublayers` of them, and no norm."""
         B, T = x_BTND.shape[:2]
-        if cache is not None and not cache.positions:
-            cache.positions = [0] * B
-        time = self._time(T, cache.positions if cache is not None else [0], x_BTND.device, ring=cache is not None)
+        time = self.time(x_BTND.device, B, T, cache)
         for i, sublayer in enumerate(islice(self.sublayers, sublayers)):
             if isinstance(sublayer, TemporalAttention):
                 x_BTND = x_BTND + sublayer(x_BTND, time, cache, i, commit)
             else:
                 x_BTND = x_BTND + sublayer(x_BTND)
         if cache is not None and commit:
-            cache.positions = [position + T for position in cache.positions]
+            cache.positions, cache.next = [position + T for position in cache.positions], None
         return x_BTND
 
-    def _time(self, T: int, past: list[int], device: torch.device, ring: bool) -> Time:
-        """Of T frames after `past` ones of each world, in whose rings a single frame looks."""
-        assert T == 1 or not any(past), "after the first frames of a cache come single ones"
+    def time(self, device: torch.device, B: int, T: int, cache: TemporalCache | None) -> Time:
+        """Of T frames that follow the past of B worlds; a single one of them looks in the cache's rings."""
+        if cache is None:
+            return self._time(device, T, [0], ring=False)
+        if not cache.positions:
+            cache.positions = [0] * B
+        assert T == 1 or not any(cache.positions), "after the first frames of a cache come single ones"
+        if T > 1:
+            return self._time(device, T, [0], ring=True)
+        if cache.next is None:
+            same = len(set(cache.positions)) == 1
+            cache.next = self._time(device, 1, cache.positions[:1] if same else cache.positions, ring=True)
+        return cache.next
+
+    def _time(self, device: torch.device, T: int, past: list[int], ring: bool) -> Time:
         past_B1, steps_T = torch.tensor(past, device=device)[:, None], torch.arange(T, device=device)
         seen_BTS = bias_BTS = None
         if T > 1:
@@ -274,7 +299,14 @@ class STTransformer(nn.Module):
             seen_BTS = (torch.arange(self.window, device=device) <= past_B1)[:, None]
         if seen_BTS is not None:
             bias_BTS = torch.zeros(seen_BTS.shape, device=device).masked_fill(~seen_BTS, float("-inf"))
-        return Time(*rotary_angles(past_B1 + steps_T, self.config.head_dim), bias_BTS)
+        position_BT = past_B1 + steps_T
+        place_BT = position_BT[:, -self.window :] % self.window
+        return Time(*rotary_angles(position_BT, self.config.head_dim), place_BT, bias_BTS, self.window)
+
+
+def sublayers(module: nn.Module) -> list[nn.Module]:
+    """The attentions and feed-forwards of its transformers: the units of sharding, recomputation and compilation."""
+    return [s for m in module.modules() if isinstance(m, STTransformer) for s in m.sublayers]
 
 
 class PatchGrid:

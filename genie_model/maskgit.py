@@ -21,7 +21,7 @@ def sample_frame(
     action_BL: Tensor,
     grid: tuple[int, int],
     codebook_VL: Tensor,
-    generators: Sequence[torch.Generator],
+    chances_SBNC: Tensor,
 ) -> Tensor:
     """The next frame's codes (B, 1, N, C), given the past in `cache` and the action's latent; the cache is not changed.
 
@@ -36,9 +36,10 @@ def sample_frame(
     them, of all codes the one with the least expected squared distance to the true one. A draw flickers, and the
     likeliest code may lie far off. Confidence is then minus that expected distance.
 
-    One generator draws for all worlds of the batch, or each world has its own: either way, what a world becomes does
-    not hang on what is batched beside it.
+    `chances_SBNC` are `draw_chances`', used up one S after the other: what a world becomes does not hang on what is
+    batched beside it, and nothing here waits for the host.
     """
+    chances = iter(chances_SBNC)
     shape = (action_BL.shape[0], 1, math.prod(grid), dynamics.codes_per_patch)
     device = action_BL.device
     tokens = math.prod(shape[1:])
@@ -55,7 +56,7 @@ def sample_frame(
             sampled, confidence = nearest_to_mean(logits.softmax(-1), codebook_VL)
         else:
             log_probs = logits.log_softmax(-1)
-            sampled = _draw(log_probs, generators) if temperature > 0 else log_probs.argmax(-1)
+            sampled = _draw(log_probs, next(chances)) if temperature > 0 else log_probs.argmax(-1)
             confidence = log_probs.gather(-1, sampled[..., None]).squeeze(-1)
         sampled = torch.where(unknown, sampled, codes)
         masked_next = min(int(tokens * math.cos(progress * math.pi / 2)), tokens - step - 1)
@@ -63,26 +64,37 @@ def sample_frame(
             codes = sampled
             break
         if config.order == "random":
-            confidence = _gumbel(shape, generators, device)
+            confidence = _gumbel(next(chances)).expand(shape)
         elif config.order == "halton":
-            confidence = -_halton_rank(*grid).to(device)[:, None].expand(shape)
+            confidence = -_halton_rank(*grid, device)[:, None].expand(shape)
         elif config.order_noise > 0:
-            confidence = confidence + config.order_noise * (1 - progress) * _gumbel(shape, generators, device)
+            confidence = confidence + config.order_noise * (1 - progress) * _gumbel(next(chances))
         confidence = torch.where(unknown, confidence, torch.inf)
         rank = confidence.flatten(1).argsort(-1).argsort(-1).view(shape)
         codes = torch.where(rank < masked_next, dynamics.mask_token, sampled)
     return codes
 
 
+def draw_chances(config: SamplingConfig, tokens: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
+    """All that a frame of N x C `tokens` leaves to chance: uniform, (S, B, N, C), of each world's own generator.
+
+    One generator alone is for all worlds of a batch: B is 1 then.
+    """
+    drawn = config.choice != "mean" and max(config.temperature, config.last_temperature or 0.0) > 0
+    ordered = config.order == "random" or (config.order == "confidence" and config.order_noise > 0)
+    numbers = config.maskgit_steps * (drawn + ordered)
+    return torch.stack([torch.rand(numbers, *tokens, generator=generator) for generator in generators], 1)
+
+
 @functools.cache
-def _halton_rank(rows: int, columns: int) -> Tensor:
+def _halton_rank(rows: int, columns: int, device: torch.device) -> Tensor:
     """When each cell of the grid is first visited by the Halton sequence in bases 2 and 3: (rows * columns) float32."""
     seen: dict[int, None] = {}
     n = 0
     while len(seen) < rows * columns:
         n += 1
         seen.setdefault(int(_radical_inverse(n, 2) * rows) * columns + int(_radical_inverse(n, 3) * columns))
-    return torch.tensor(list(seen)).argsort().float()
+    return torch.tensor(list(seen)).argsort().float().to(device)
 
 
 def _radical_inverse(n: int, base: int) -> float:
@@ -95,18 +107,12 @@ def _radical_inverse(n: int, base: int) -> float:
     return value
 
 
-def _draw(log_probs: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def _draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     """(B, ..., V) -> (B, ...): the code at which the cumulated probability passes a uniform number, one a token."""
     cumulated = log_probs.exp().cumsum(-1)
-    shape = log_probs.shape[:-1]
-    uniform = cumulated[..., -1] * _uniform(shape, generators, log_probs.device)
-    return torch.searchsorted(cumulated, uniform[..., None], right=True)[..., 0].clamp_max(log_probs.shape[-1] - 1)
+    passed = (cumulated[..., -1] * uniform[:, None])[..., None]
+    return torch.searchsorted(cumulated, passed, right=True)[..., 0].clamp_max(log_probs.shape[-1] - 1)
 
 
-def _uniform(shape: tuple[int, ...], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
-    drawn = torch.stack([torch.rand(shape[1:], generator=generator) for generator in generators])
-    return drawn.to(device).expand(shape)
-
-
-def _gumbel(shape: tuple[int, ...], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
-    return -(-(_uniform(shape, generators, device) + 1e-10).log() + 1e-10).log()
+def _gumbel(uniform: Tensor) -> Tensor:
+    return -(-(uniform[:, None] + 1e-10).log() + 1e-10).log()

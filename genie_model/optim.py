@@ -18,7 +18,8 @@ from genie_model.layers import STTransformer, TokenLinear
 class Optimizers:
     """All optimizers of a module, as one. Learning rates are a peak times a share that is the step's."""
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, module: nn.Module, config: OptimizerConfig, traced: bool = False) -> None:
+        """`traced`: a step is recorded as a program, in which AdamW's rates and counts must be tensors (XLA)."""
         self.config = config
         trained = [p for p in module.parameters() if p.requires_grad]
         inner = _inside_transformers(module) if config.muon_lr else set[Tensor]()
@@ -34,7 +35,9 @@ class Optimizers:
         ]
         betas = (config.beta1, config.beta2)
         groups = [group for group in groups if group["params"]]
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, config.max_lr, betas, fused=True)]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, config.max_lr, betas, fused=not traced, capturable=traced)
+        ]
         if muon := [p for p in trained if p in inner]:
             # match_rms_adamw: updates as large as AdamW's, so that both take learning rates of one kind
             self.parts.append(
@@ -46,9 +49,19 @@ class Optimizers:
         """Moves the parameters, at `share` of the peak learning rates, and forgets their gradients."""
         for group, peak in self._peaks:
             group["lr"] = share * peak
+            if group.get("capturable"):  # a vector of one: XLA takes scalars of equal value for the same input
+                group["lr"] = torch.tensor([share * peak]).to(group["params"][0].device)
         for part in self.parts:
             part.step()
             part.zero_grad(set_to_none=True)
+
+    def start(self) -> None:
+        """A step without effect: what optimizers remember is there, and the first true step is like all others."""
+        for parameter in (p for part in self.parts for group in part.param_groups for p in group["params"]):
+            parameter.grad = torch.zeros_like(parameter)
+        self.step(share=1e-30)  # by a rate of 0, AdamW would divide
+        for state in (state for part in self.parts for state in part.state.values() if "step" in state):
+            state["step"].zero_()
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """What the optimizers remember, as `<parameter's name>|<key>`."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from genie_model.backend import native
+from genie_model.chance import Chance
 from genie_model.config import Config
 from genie_model.layers import PatchGrid, STTransformer
 
@@ -39,8 +40,13 @@ class Policy(nn.Module):
         self.linear = nn.Linear(width, part.linear_layer)
         self.logits_out = nn.Linear(part.linear_layer, num_actions)
 
-    def forward(self, x_BTHWC: Tensor, actions_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and logs of clips in [0, 1] and what the expert did at each of their frames, int64 (B, T)."""
+    def forward(
+        self, x_BTHWC: Tensor, actions_BT: Tensor, chance: Chance | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and logs of clips in [0, 1] and what the expert did at each of their frames, int64 (B, T).
+
+        Nothing here is left to chance.
+        """
         logits_BTA = self.logits(x_BTHWC, actions_BT[:, :-1])
         loss = F.cross_entropy(logits_BTA.flatten(0, 1), actions_BT.flatten())
         accuracy = (logits_BTA.argmax(-1) == actions_BT).float().mean()

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from genie_model import collectives
+from genie_model.chance import Chance
 from genie_model.config import TokenizerConfig
 from genie_model.layers import AttentionKind, PatchGrid, STTransformer, TemporalCache
 from genie_model.quantizer import VectorQuantizer
@@ -63,18 +65,17 @@ class VideoTokenizer(nn.Module):
             small.weight.mul_(0.1)
             small.bias.zero_()
 
-    def forward(self, x_BTHWC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The training loss of a batch of clips in [0, 1], and what to log."""
-        quantized = self.quantizer(self._encode(x_BTHWC))
+    def forward(self, x_BTHWC: Tensor, chance: Chance | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss of a batch of clips in [0, 1], and what to log. Codes learn where `chance` is given."""
+        quantized = self.quantizer(self._encode(x_BTHWC), chance)
         error = F.mse_loss(self._decode(quantized.latents).float(), x_BTHWC.float())
-        logs = {"mse": error, "psnr": -10 * error.log10(), "quantizer_loss": quantized.loss}
+        logs = {"mse": error, "psnr": -10 * collectives.mean(error).log10(), "quantizer_loss": quantized.loss}
         logs |= {f"code_{name}": value for name, value in quantized.logs.items()}
         return error + quantized.loss, {name: value.detach() for name, value in logs.items()}
 
     def encode(self, x_BTHWC: Tensor) -> Tensor:
         """Frames in [0, 1] -> codes (B, T, N, C)."""
-        codes: Tensor = self.quantizer(self._encode(x_BTHWC)).codes
-        return codes
+        return self.quantizer.encode(self._encode(x_BTHWC))
 
     def decode(self, codes_BTNC: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Codes -> frames in [0, 1]; with a cache the frames continue, and join, its past."""

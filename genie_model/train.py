@@ -1,4 +1,4 @@
-"""The one trainer. A model is anything whose `forward(clips in [0, 1])` gives (loss, logs); it may take codes, actions.
+"""The one trainer. A model's `forward` takes clips in [0, 1], maybe codes or actions, and chance: (loss, logs).
 
 A step is a pure function of (config, data, step): the batch, the learning rate and the random numbers all derive from
 the step's number. So a run that was killed and started again ends in the very weights of one that was not.
@@ -6,31 +6,40 @@ the step's number. So a run that was killed and started again ends in the very w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
 from collections.abc import Callable
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from genie_model import checkpoint, files
-from genie_model.backend import native
+from genie_model.backend import Backend, training
+from genie_model.chance import Chance
 from genie_model.config import Config, StageConfig
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore
 from genie_model.genie import Genie
-from genie_model.optim import Optimizers, learning_rate_share
+from genie_model.optim import learning_rate_share
 from genie_model.preemption import Preempted, preemption
 from genie_model.progress import NoLog, RunLog, bar, summary
 from genie_model.source import code_digest
 from genie_model.tokens import tokens_of
 from genie_model.training_state import TrainingState
+from genie_model.watch import Watch
 
 # The code that decides the weights of each model.
 TRAINER_CODE = (
+    "backend/__init__.py",
     "backend/native.py",
+    "backend/sharding.py",
+    "backend/xla.py",
+    "chance.py",
+    "collectives.py",
     "data/loader.py",
     "data/store.py",
     "layers.py",
@@ -39,7 +48,7 @@ TRAINER_CODE = (
 )
 _TOKENIZER_CODE = (*TRAINER_CODE, "quantizer.py", "tokenizer.py")
 _GENIE_CODE = (*_TOKENIZER_CODE, "dynamics.py", "genie.py", "lam.py", "tokens.py")
-_WATCHING = ("log_every", "checkpoint_every")  # how often training is looked at, not what it ends in
+_WATCHING = ("log_every", "checkpoint_every", "stall_seconds")  # how often training is looked at, not what it ends in
 
 
 def train_tokenizer(
@@ -59,10 +68,8 @@ def train_tokenizer(
         raise ValueError("this cell's tokenizer was not trained: its training says why")
     torch.manual_seed(config.seed)
     genie = Genie(config)
-    loader = _loader(store, config, config.train_tokenizer)
-    return train_once(
-        "train-tokenizer", name, genie, genie.tokenizer, config.train_tokenizer, lambda: loader, root_uri, log
-    )
+    loader = functools.partial(_loader, store, config, config.train_tokenizer)
+    return train_once("train-tokenizer", name, genie, genie.tokenizer, config.train_tokenizer, loader, root_uri, log)
 
 
 def train_world(config: Config, data_uri: str, tokenizer_uri: str, root_uri: str, log: RunLog | None = None) -> str:
@@ -82,15 +89,17 @@ def train_world(config: Config, data_uri: str, tokenizer_uri: str, root_uri: str
     genie.tokenizer.load_state_dict(tokenizer.state_dict())
     genie.tokenizer.requires_grad_(False)
 
-    def loader() -> ClipLoader:
+    def loader(rank: int, world_size: int) -> ClipLoader:
         tokens = tokens_of(config, store, tokenizer, root_uri) if config.cached_tokens else None
-        return _loader(store, config, config.train_world, tokens)
+        return _loader(store, config, config.train_world, rank, world_size, tokens)
 
     return train_once("train-world", name, genie, genie, config.train_world, loader, root_uri, log)
 
 
-def _loader(store: VideoStore, config: Config, stage: StageConfig, tokens: VideoStore | None = None) -> ClipLoader:
-    return ClipLoader(store, stage.batch_size, config.data.clip_length, config.seed, tokens=tokens)
+def _loader(
+    store: VideoStore, config: Config, stage: StageConfig, rank: int, world_size: int, tokens: VideoStore | None = None
+) -> ClipLoader:
+    return ClipLoader(store, stage.batch_size, config.data.clip_length, config.seed, rank, world_size, tokens)
 
 
 def model_name(kind: str, data: str, config: Config, parts: tuple[str, ...], code: tuple[str, ...]) -> str:
@@ -116,23 +125,37 @@ def train_once(
     whole: checkpoint.Whole,
     trained: nn.Module,
     stage: StageConfig,
-    loader: Callable[[], ClipLoader],
+    loader: Callable[[int, int], ClipLoader],
     root_uri: str,
     log: RunLog | None,
 ) -> str:
-    """Trains `trained`, a part of `whole` or all of it, unless that lies there already; returns the model's URI."""
+    """Trains `trained`, a part of `whole` or all of it, unless that lies there already; returns the model's URI.
+
+    `loader` takes the part of every batch that is to be read: the how-manieth of how many.
+    """
     model_uri, state = f"{root_uri}/models/{name}", TrainingState(f"{root_uri}/training/{name}")
     if checkpoint.is_model(model_uri):
         summary(step_name, f"reused {model_uri}: this very code trained it with this config on this data")
         return model_uri
     if not state.latest_step() and (others := _by_other_code(name, root_uri)):
         summary(step_name, f"trains anew, for the code has changed since {', '.join(others)}: kept where it is")
-    done = fit(trained, stage, loader(), state, desc=step_name, seed=whole.config.seed, log=log or NoLog())
-    came_to = done.final | {f"peak_memory_mb_{step_name.replace('-', '_')}": native.peak_memory_mb()}
-    checkpoint.save_training(model_uri, came_to)  # before what makes the model whole
-    checkpoint.save_model(model_uri, whole, trained)
-    state.remove()
-    summary(step_name, f"{done.text} -> {model_uri}")
+    with training(whole.config.parallel) as backend:
+        done = fit(
+            trained,
+            stage,
+            loader(*backend.share),
+            state,
+            backend,
+            desc=step_name,
+            seed=whole.config.seed,
+            log=log if log and backend.first else NoLog(),
+        )
+        came_to = done.final | {f"peak_memory_mb_{step_name.replace('-', '_')}": backend.peak_memory_mb()}
+        checkpoint.save_training(model_uri, came_to)  # before what makes the model whole
+        checkpoint.save_model(model_uri, whole, trained)
+        if backend.first:
+            state.remove()
+        summary(step_name, f"{done.text} -> {model_uri}")
     return model_uri
 
 
@@ -157,6 +180,7 @@ def fit(
     stage: StageConfig,
     loader: ClipLoader,
     state: TrainingState,
+    backend: Backend,
     *,
     desc: str,
     seed: int,
@@ -168,44 +192,48 @@ def fit(
     Of the means a run that carried on knows those steps alone that it made itself. After SIGTERM it ends its step,
     saves and raises `Preempted`; the last step is left to end in a model.
     """
-    native.keep_freed_memory()
-    module.to(native.device()).train()
-    optimizers = Optimizers(module, stage.optimizer)
+    watch = Watch(desc, module, stage, loader.clip_length, log, backend, lambda: state.saved_at)
+    optimizers = backend.prepare(module, stage)
     start = state.restore(module, optimizers)
     frames_per_step = stage.batch_size * loader.clip_length
     began, logs = time.monotonic(), dict[str, float]()
-    last, sums = max(stage.steps - min(stage.steps // 5, 300), start), dict[str, Tensor]()
+    last = list[dict[str, Tensor]]()
     total, initial = stage.steps * frames_per_step, start * frames_per_step
-    with preemption() as must_stop, state, bar(desc=desc, unit="frame", total=total, initial=initial) as progress:
-        for step, batch in loader.stream(start, stage.steps):
+    progress = bar(desc=desc, unit="frame", total=total, initial=initial)
+    with preemption() as must_stop, state, watch, progress:
+        for step, batch in watch.steps(start, loader.stream(start, stage.steps)):
             on_step(step)
-            torch.manual_seed(seed * 1_000_003 + step)
-            with native.autocast(stage.precision):
-                loss, tensors = module(*native.inputs(*batch))
+            inputs, chance = backend.inputs(batch, Chance.of_step(seed, step, stage.batch_size))
+            with backend.autocast(stage.precision):
+                loss, tensors = module(*inputs, chance=chance)
             loss.backward()
-            gradient_norm = nn.utils.clip_grad_norm_(module.parameters(), stage.optimizer.clip_norm)
+            gradient_norm = backend.clip(module, stage.optimizer.clip_norm)
             optimizers.step(learning_rate_share(step, stage.steps, stage.optimizer))
+            backend.end_step()
             progress.update(frames_per_step)
             done = step + 1
-            if done > last:
-                sums = {key: value.detach() + sums.get(key, 0.0) for key, value in tensors.items()}
+            if done > stage.steps - min(stage.steps // 5, 300):
+                last.append(tensors)  # not added up here: no step's program may differ from the others'
             if done % stage.log_every == 0 or done == stage.steps:
-                logs = {key: float(value) for key, value in tensors.items()}
-                logs |= {"loss": float(loss.detach()), "gradient_norm": float(gradient_norm)}
+                logs = backend.numbers({**tensors, "loss": loss.detach(), "gradient_norm": gradient_norm})
                 _check_finite(logs["loss"], step)
-                rate = (done - start) * frames_per_step / (time.monotonic() - began)
-                log.metrics(logs | {"frames_per_second": rate}, done)
+                log.metrics(logs | watch.reading(done), done)
                 progress.set_postfix_str(_shown(logs))
             stopping = done < stage.steps and must_stop()
             if stopping or (done % stage.checkpoint_every == 0 and done < stage.steps):
-                state.save(done, module, optimizers)
+                with watch.aside():
+                    state.save(done, module, optimizers)
             if stopping:
                 raise Preempted
     seconds = time.monotonic() - began
     resumed = f" (carried on from step {start:,})" if start else ""
     rate = (stage.steps - start) * frames_per_step / seconds
     text = f"{stage.steps:,} steps{resumed} in {seconds:.0f} s, {rate:,.0f} frames/s, {_shown(logs)}"
-    return Trained(text, {f"final_{key.replace('/', '_')}": float(sums[key]) / (stage.steps - last) for key in sums})
+    finals = [backend.numbers(tensors) for tensors in last if tensors]
+    return Trained(
+        text,
+        {f"final_{key.replace('/', '_')}": fmean(final[key] for final in finals) for key in (finals or [{}])[0]},
+    )
 
 
 def _check_finite(loss: float, step: int) -> None:

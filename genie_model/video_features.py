@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from genie_model import files
+from genie_model import cache
 
 
 class Random3DFeatures:
@@ -61,13 +61,16 @@ class I3DFeatures:
     def __init__(self, uri: str, sha256: str) -> None:
         """Raises ValueError when there is no such file, when it has another checksum, or when it is no TorchScript."""
         try:
-            path = files.fetch(uri, sha256.lower())
+            file = cache.fetch(uri, sha256.lower())
         except FileNotFoundError:
             raise ValueError(f"no I3D network at {uri}: check evaluation.i3d_uri") from None
-        if path is None:
-            raise ValueError(f"the file at {uri} has another SHA-256 than evaluation.i3d_sha256={sha256}")
+        except cache.OtherBytesError:
+            raise ValueError(f"the file at {uri} has another SHA-256 than evaluation.i3d_sha256={sha256}") from None
+        if file is None:
+            raise ValueError(f"the cache has no room for the I3D network at {uri}: raise GENIE_CACHE_BYTES")
         try:
-            self._network = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+            with file:
+                self._network = torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise ValueError(f"the file at {uri} is no TorchScript: {str(error).splitlines()[0]}") from None
 

@@ -1,5 +1,9 @@
 """The benchmarks' own parts; their figures are not tested, since machines differ."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import fsspec
 import pytest
 
 import benchmarks.__main__
@@ -7,6 +11,7 @@ from benchmarks import choices, long_session
 from benchmarks.__main__ import Line
 from benchmarks.choices import STUDIES, record, recorded, table
 from benchmarks.configs import CONFIGS
+from benchmarks.throttled import ThrottledFileSystem
 from genie_model.presets import get_preset
 from genie_model.tracking import connect
 
@@ -71,3 +76,18 @@ def test_the_case_study_is_the_work_that_peers_do():
     assert config.dynamics.transformer.num_layers == 2 * 12
     assert (config.data.frame_height // config.tokenizer.patch_size) ** 2 == 256
     assert config.num_actions == 6
+
+
+def test_the_throttled_store_is_no_faster_than_it_says(monkeypatch):
+    monkeypatch.setattr(ThrottledFileSystem, "latency", 0.1)
+    monkeypatch.setattr(ThrottledFileSystem, "bandwidth", 1e6)
+    store = fsspec.filesystem("throttled")
+    store.pipe_file("throttled://speed/file", bytes(100_000))
+    ThrottledFileSystem.reads.clear()
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:  # side by side: they wait together, but share the line
+        parts = pool.map(lambda start: store.cat_file("throttled://speed/file", start, start + 50_000), [0, 50_000])
+        assert b"".join(parts) == bytes(100_000)
+    assert time.monotonic() - began >= 0.2
+    assert sorted(ThrottledFileSystem.reads) == [("throttled://speed/file", start, 50_000) for start in (0, 50_000)]
+    store.rm("throttled://speed", recursive=True)

@@ -17,6 +17,7 @@ OWNERS = {
     "redis": ("serving/redis_store.py",),
     "kfp": ("components/", "pipelines/"),
     "torch_xla": ("genie_model/backend/xla.py",),
+    "prometheus_client": ("genie_model/exporter.py", "serving/metrics.py"),
     "procgen": ("genie_model/data/coinrun.py",),
     "gymnasium": ("genie_model/env.py",),
     "genie_model.data.truth": ("genie_model/data/held_out.py", "genie_model/cloning.py"),

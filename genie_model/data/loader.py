@@ -52,45 +52,61 @@ class ClipLoader:
         self.tokens, self.actions = tokens, actions
         self.clips = store.clips(clip_length + (actions is not None), stride=clip_length if tokens else 1)
         local = batch_size // world_size
-        self._slice = np.arange(rank * local, (rank + 1) * local)
+        self._slice = range(rank * local, (rank + 1) * local)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the batch of this step."""
-        epoch, position = np.divmod(step * self.batch_size + self._slice, len(self.clips))
-        chosen = [
-            self.clips[_shuffled(p, len(self.clips), self.seed, e)]
-            for e, p in zip(epoch.tolist(), position.tolist(), strict=True)
-        ]
-        frames_BTHWC = self._read(self.store, chosen)
-        actions_BT = None
-        if self.actions is not None:
-            actions_BT = np.stack(
-                [self.actions[episode][start : start + self.clip_length] for episode, start in chosen]
-            )
-        return Batch(frames_BTHWC, _as_codes(self._read(self.tokens, chosen)) if self.tokens else None, actions_BT)
+        batch = self._empty()
+        for row in range(len(self._slice)):
+            self._read(batch, step, row)
+        return batch
 
-    def _read(self, store: VideoStore, clips: list[NDArray[np.int32]]) -> NDArray[np.uint8]:
-        return np.stack([store.frames(episode, start, self.clip_length) for episode, start in clips])
+    def stream(
+        self, start_step: int, stop_step: int, prefetch: int = 4, readers: int = 8
+    ) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) of every step in the range; threads make up to `prefetch` of them ahead.
 
-    def stream(self, start_step: int, stop_step: int, prefetch: int = 4) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) of every step in the range; one background thread makes up to `prefetch` of them ahead.
-
-        An error in the thread is raised here. The thread ends with the iterator, however that ends.
+        A thread reads a clip at a time, so `readers` requests wait for a remote store at once; decompressing leaves the
+        GIL. The order is the steps'. An error in a thread is raised here. The threads end with the iterator, however
+        that ends.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="clips") as pool:
-            ahead: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(readers, thread_name_prefix="clips") as pool:
+            ahead: deque[tuple[Batch, list[Future[None]]]] = deque()
             try:
                 for step in range(start_step, stop_step):
                     while len(ahead) <= prefetch and step + len(ahead) < stop_step:
-                        ahead.append(pool.submit(self.batch, step + len(ahead)))
-                    yield step, ahead.popleft().result()
+                        batch, rows = self._empty(), range(len(self._slice))
+                        reads = [pool.submit(self._read, batch, step + len(ahead), row) for row in rows]
+                        ahead.append((batch, reads))
+                    batch, reads = ahead.popleft()
+                    for read in reads:
+                        read.result()
+                    yield step, batch
             finally:
                 pool.shutdown(cancel_futures=True)
 
+    def _empty(self) -> Batch:
+        shape = (len(self._slice), self.clip_length)
+        return Batch(
+            np.empty((*shape, *self.store.meta["frame_shape"]), np.uint8),
+            np.empty((*shape, *self.tokens.meta["frame_shape"][:-1]), np.int64) if self.tokens else None,
+            np.empty(shape, np.int64) if self.actions is not None else None,
+        )
 
-def _as_codes(tokens_BTNC2: NDArray[np.uint8]) -> NDArray[np.int64]:
+    def _read(self, batch: Batch, step: int, row: int) -> None:
+        """Fills that row of the batch of this step."""
+        epoch, position = divmod(step * self.batch_size + self._slice[row], len(self.clips))
+        episode, start = self.clips[_shuffled(position, len(self.clips), self.seed, epoch)]
+        batch.frames_BTHWC[row] = self.store.frames(episode, start, self.clip_length)
+        if self.tokens and batch.codes_BTNC is not None:
+            batch.codes_BTNC[row] = _as_codes(self.tokens.frames(episode, start, self.clip_length))
+        if self.actions is not None and batch.actions_BT is not None:
+            batch.actions_BT[row] = self.actions[episode][start : start + self.clip_length]
+
+
+def _as_codes(tokens_TNC2: NDArray[np.uint8]) -> NDArray[np.uint16]:
     """(..., 2) bytes as numbers, the lower byte first."""
-    return tokens_BTNC2.view("<u2")[..., 0].astype(np.int64)
+    return tokens_TNC2.view("<u2")[..., 0]
 
 
 def _shuffled(position: int, size: int, seed: int, epoch: int) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import zstandard
@@ -13,15 +15,34 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from genie_model import files
+from genie_model import cache
 from genie_model.data.shards import CHUNK_FRAMES, Index, file_sizes, read_index
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Every (episode, start) whose frames lie within one episode; found when asked for: a list of all may not fit."""
+
+    ends_E: NDArray[np.int64]  # how many clips lie in the episodes up to each, itself included
+    stride: int
+
+    def __len__(self) -> int:
+        return int(self.ends_E[-1])
+
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"clip {number} of {len(self)}")
+        episode = int(np.searchsorted(self.ends_E, number, side="right"))
+        return episode, (number - (int(self.ends_E[episode - 1]) if episode else 0)) * self.stride
 
 
 class VideoStore:
     """A read-only data set of episodes; safe to read from several threads.
 
     Local shards are read in place. Remote ones (gs://, s3://, memory://, ...) are downloaded whole when first touched,
-    to $GENIE_CACHE_DIR (default ~/.cache/genie) under their checksum: runs and ranks share them and none is stale.
+    into the cache (cache.py), if that can hold the whole data set. If not, no shard is: random clips would find few of
+    the shards that a bounded cache holds, and each miss would download a thousand times what it needs. Then a clip is
+    one request for its one or two chunks, and the order of clips stays free of where they lie.
     """
 
     def __init__(self, uri: str, index: Index, digest: str) -> None:
@@ -31,6 +52,8 @@ class VideoStore:
         self._maker = "train_world" if self.meta["source"] == "tokens" else "collect"
         self._fs, self._root = url_to_fs(uri)
         self._shards = index["shards"]
+        self._is_local = isinstance(self._fs, LocalFileSystem)
+        self._is_cached = not self._is_local and sum(shard["bytes"] for shard in self._shards) <= cache.limit()
         self._episodes = [(i, episode) for i, shard in enumerate(index["shards"]) for episode in shard["episodes"]]
         self.episode_lengths = np.array([episode["num_frames"] for _, episode in self._episodes])
 
@@ -79,27 +102,19 @@ class VideoStore:
         lead = CHUNK_FRAMES - entry["first_chunk"]
         first, last = (lead + start) // CHUNK_FRAMES, (lead + start + length - 1) // CHUNK_FRAMES
         ends = np.cumsum([0, *entry["chunks"]])
-        data = self._read(shard, entry["offset"] + int(ends[first]), int(ends[last + 1] - ends[first]))
-        cuts = ends[first : last + 2] - ends[first]
-        decompressor = zstandard.ZstdDecompressor()
-        try:
-            raw = bytearray().join(decompressor.decompress(data[a:b]) for a, b in itertools.pairwise(cuts))
-        except zstandard.ZstdError:
-            raise ValueError(self._damaged(shard)) from None
+        raw = self._decompressed(shard, entry["offset"] + int(ends[first]), entry["chunks"][first : last + 1])
         skip = start - max(first * CHUNK_FRAMES - lead, 0)
         return np.frombuffer(raw, np.uint8).reshape(-1, *self.meta["frame_shape"])[skip : skip + length]
 
-    def clips(self, length: int, stride: int) -> NDArray[np.int32]:
-        """int32 (number of clips, 2): every (episode, start) whose `length` frames lie within one episode."""
-        counts = np.maximum((self.episode_lengths - length) // stride + 1, 0)
-        if not counts.any():
+    def clips(self, length: int, stride: int) -> Clips:
+        """Those of `length` frames. Raises ValueError when no episode is that long."""
+        counts_E = np.maximum((self.episode_lengths - length) // stride + 1, 0)
+        if not counts_E.any():
             raise ValueError(
                 f"no episode of {self.uri} has {length} frames, the longest has {self.episode_lengths.max()}: "
                 "lower data.clip_length, or raise data.steps_per_level and collect again"
             )
-        episode = np.repeat(np.arange(self.num_episodes), counts)
-        start = (np.arange(len(episode)) - np.repeat(counts.cumsum() - counts, counts)) * stride
-        return np.stack([episode, start], axis=1, dtype=np.int32, casting="same_kind")
+        return Clips(counts_E.cumsum(), stride)
 
     def verify(self) -> None:
         """Reads every byte. Raises ValueError naming the first shard whose checksum differs from the index."""
@@ -109,25 +124,47 @@ class VideoStore:
                     raise ValueError(self._damaged(number))
 
     def _damaged(self, shard: int) -> str:
-        path = f"{self.uri}/{self._shards[shard]['name']}"
-        return f"{path} is damaged: delete it and run {self._maker} again, it remakes only that"
+        return f"{self._uri_of(shard)} is damaged: delete it and run {self._maker} again, it remakes only that"
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        with open(self._local_path(shard), "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+    def _decompressed(self, shard: int, offset: int, sizes: Sequence[int]) -> bytearray:
+        """The chunks of these sizes that follow each other from `offset` on; each carries its own checksum."""
+        cuts = list(itertools.accumulate(sizes, initial=0))
+        for cached in (True, False) if self._is_cached else (False,):
+            data = self._read(shard, offset, cuts[-1], cached)
+            decompressor = zstandard.ZstdDecompressor()
+            try:
+                return bytearray().join(decompressor.decompress(data[a:b]) for a, b in itertools.pairwise(cuts))
+            except zstandard.ZstdError:
+                if cached:  # the copy may be what is damaged, not the shard
+                    cache.forget(self._uri_of(shard), self._shards[shard]["sha256"])
+        raise ValueError(self._damaged(shard))
+
+    def _read(self, shard: int, offset: int, size: int, cached: bool) -> bytes:
+        if file := self._opened(shard, cached):
+            with file:
+                file.seek(offset)
+                data = file.read(size)
+        else:
+            path = f"{self._root}/{self._shards[shard]['name']}"
+            data = cache.try_again(
+                self._uri_of(shard), lambda: self._fs.cat_file(path, start=offset, end=offset + size)
+            )
         if len(data) != size:
             raise ValueError(self._damaged(shard))
         return data
 
-    def _local_path(self, shard: int) -> str | Path:
-        name, sha256 = self._shards[shard]["name"], self._shards[shard]["sha256"]
-        if isinstance(self._fs, LocalFileSystem):
-            return f"{self._root}/{name}"
-        cached = files.fetch(f"{self.uri}/{name}", sha256)
-        if cached is None:
-            raise ValueError(self._damaged(shard))
-        return cached
+    def _opened(self, shard: int, cached: bool) -> BinaryIO | None:
+        """The shard as a file of this machine; None where it has to be read over the network."""
+        if self._is_local:
+            return open(f"{self._root}/{self._shards[shard]['name']}", "rb")
+        try:
+            found = self._shards[shard]
+            return cache.fetch(self._uri_of(shard), found["sha256"], found["bytes"]) if cached else None
+        except cache.OtherBytesError:
+            raise ValueError(self._damaged(shard)) from None
+
+    def _uri_of(self, shard: int) -> str:
+        return f"{self.uri}/{self._shards[shard]['name']}"
 
 
 def _sha256(file: io.BufferedReader) -> str:

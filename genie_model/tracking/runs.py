@@ -90,6 +90,7 @@ class StepRun:
         self.run_id = run_id
         self.parent_id = parent_id
         self._waiting: list[Metric] = []
+        self._lock = threading.RLock()  # of what waits: a step that stalls is told of by another thread
         self._flushed_at = time.monotonic()
         self._known_params = set(client.get_run(run_id).data.params)
 
@@ -102,9 +103,10 @@ class StepRun:
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         now_ms = int(time.time() * 1000)
-        self._waiting += [Metric(name, float(value), now_ms, step) for name, value in values.items()]
-        if time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
-            self.flush()
+        with self._lock:
+            self._waiting += [Metric(name, float(value), now_ms, step) for name, value in values.items()]
+            if time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
+                self.flush()
 
     def image(self, name: str, image_HWC: NDArray[np.uint8]) -> None:
         self.client.log_image(self.run_id, image_HWC, artifact_file=f"pictures/{name}.png")
@@ -145,10 +147,11 @@ class StepRun:
 
     def flush(self) -> None:
         """Sends the metrics that wait."""
-        while self._waiting:
-            self.client.log_batch(self.run_id, metrics=self._waiting[:_BATCH])
-            del self._waiting[:_BATCH]
-        self._flushed_at = time.monotonic()
+        with self._lock:
+            while self._waiting:
+                self.client.log_batch(self.run_id, metrics=self._waiting[:_BATCH])
+                del self._waiting[:_BATCH]
+            self._flushed_at = time.monotonic()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from variants import VARIANTS
 
 from genie_model.genie import NO_ACTION, Genie, PlayState
 from genie_model.layers import TemporalCache
-from genie_model.maskgit import _halton_rank, sample_frame
+from genie_model.maskgit import _halton_rank, draw_chances, sample_frame
 from genie_model.presets import get_preset
 
 CONFIG = get_preset("tiny").with_overrides("sampling.maskgit_steps=3")
@@ -207,7 +207,8 @@ def test_an_action_out_of_range_is_refused(genie: Genie, frames: Tensor, action:
 def sample(genie: Genie, frames: Tensor, seed: int = 0, **sampling: object) -> Tensor:
     """The codes of the frame after `frames`."""
     state, config = genie.start(frames), CONFIG.sampling.model_copy(update=sampling)
-    chances, codebook_VL = [torch.Generator().manual_seed(seed)], genie.tokenizer.quantizer.codebook_VL
+    codebook_VL = genie.tokenizer.quantizer.codebook_VL
+    chances = draw_chances(config, (16, CONFIG.tokenizer.codes_per_patch), [torch.Generator().manual_seed(seed)])
     with torch.inference_mode():
         return sample_frame(genie.dynamics, config, state.dynamics, torch.zeros(2, 32), (4, 4), codebook_VL, chances)
 
@@ -254,11 +255,11 @@ def test_the_mean_s_code_errs_least_and_the_surest_come_first(frames: Tensor, mo
 
 
 def test_halton_s_order_spreads_over_the_frame_and_is_the_same_each_time() -> None:
-    rank = _halton_rank(8, 8).view(8, 8)
+    rank = _halton_rank(8, 8, torch.device("cpu")).view(8, 8)
     assert sorted(rank.flatten().tolist()) == list(range(64))
     first = torch.nonzero(rank < 6).float()
     assert torch.cdist(first, first).fill_diagonal_(9).min() > 1  # no two of the first six share an edge
-    assert _halton_rank(3, 5).shape == (15,)
+    assert _halton_rank(3, 5, torch.device("cpu")).shape == (15,)
 
 
 def test_the_temperature_goes_from_the_first_to_the_last(genie: Genie, frames: Tensor) -> None:
@@ -290,7 +291,7 @@ def test_which_tokens_come_first_is_the_order_s(frames: Tensor, order: str) -> N
     if order == "random":
         assert not torch.equal(*known)
     else:
-        first = _halton_rank(4, 4) < known[0].any(-1).sum()
+        first = _halton_rank(4, 4, torch.device("cpu")) < known[0].any(-1).sum()
         assert torch.equal(known[0].any(-1), first)
         assert torch.equal(*known)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from variants import VARIANTS
 
 from genie_model import dynamics
+from genie_model.chance import Chance
 from genie_model.config import CodebookConfig, TransformerConfig
 from genie_model.genie import Genie
 from genie_model.lam import block_matching
@@ -42,8 +43,8 @@ def test_every_parameter_of_the_tokenizer_gets_a_gradient(genie: Genie, clips: T
 def test_every_parameter_of_lam_and_dynamics_gets_a_gradient(genie: Genie, clips: Tensor) -> None:
     genie.tokenizer.requires_grad_(False)
     genie.train()
-    for _ in range(3):  # output layers that start at zero hide their inputs' gradients for a step
-        loss, _ = genie(clips)
+    for step in range(3):  # output layers that start at zero hide their inputs' gradients for a step
+        loss, _ = genie(clips, chance=Chance.of_step(0, step, 2))
         genie.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -87,7 +88,7 @@ def test_the_lam_decoder_sees_the_next_frame_through_the_action_alone(genie: Gen
 def test_dynamics_does_not_train_the_lam(genie: Genie, clips: Tensor) -> None:
     _, actions, _ = genie.lam(genie.lam_input(clips))
     codes = genie.tokenizer.encode(clips)
-    loss, _ = genie.dynamics(codes, actions.latents_BTL, genie.tokenizer.quantizer.codebook_VL)
+    loss, _ = genie.dynamics(codes, actions.latents_BTL, genie.tokenizer.quantizer.codebook_VL, Chance.of_step(0, 0, 2))
     loss.backward()
     assert all(p.grad is None for p in genie.lam.parameters())
     assert genie.dynamics.action_in.weight.grad is not None
@@ -111,8 +112,7 @@ def test_the_loss_counts_masked_tokens_of_later_frames_only(genie: Genie, clips:
     genie.dynamics.token_in.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     rates = []
     for seed in range(40):
-        torch.manual_seed(seed)
-        genie.dynamics(codes, torch.zeros(2, 5, 32), genie.tokenizer.quantizer.codebook_VL)
+        genie.dynamics(codes, torch.zeros(2, 5, 32), genie.tokenizer.quantizer.codebook_VL, Chance.of_step(seed, 0, 2))
         masked = (seen[-1] - genie.dynamics.slot_C) == genie.dynamics.mask_token
         assert not masked[:, 0].any()
         rates += masked[:, 1:].float().mean((1, 2, 3)).tolist()
@@ -128,7 +128,7 @@ def test_corrupted_tokens_are_seen_but_never_the_target(monkeypatch: pytest.Monk
     model.token_in.register_forward_hook(lambda module, args, output: seen.append(args[0] - model.slot_C))
     loss = dynamics._MaskedCrossEntropy.apply
     monkeypatch.setattr(dynamics._MaskedCrossEntropy, "apply", lambda *args: (targets.append(args[3]), loss(*args))[1])
-    model(codes, torch.zeros(8, 5, 32), torch.zeros(16, 32))
+    model(codes, torch.zeros(8, 5, 32), torch.zeros(16, 32), Chance.of_step(0, 0, 8))
     known = seen[0] != model.mask_token
     wrong = (seen[0] != codes)[known].float().mean()
     assert 0.1 < wrong / (15 / 16) < 0.3  # the mean of U[0, 0.4), and one random code in 16 is the true one
@@ -142,10 +142,10 @@ def test_its_own_guesses_stand_in_for_frames_but_never_for_the_first(monkeypatch
     monkeypatch.setattr(dynamics, "nearest_to_mean", lambda log_probs, _: (log_probs[..., 0].long() * 0 + guess, None))
     seen: list[Tensor] = []
     model.token_in.register_forward_hook(lambda module, args, output: seen.append(args[0] - model.slot_C))
-    model(codes, torch.zeros(8, 5, 32), torch.zeros(16, 32))
+    model(codes, torch.zeros(8, 5, 32), torch.zeros(16, 32), Chance.of_step(0, 0, 8))
     asked, trained = seen
     whole = (asked == model.mask_token).flatten(2).all(-1)
-    assert whole.sum() == 8 * 5 // 2  # half of the frames are guessed, at one glance,
+    assert (whole.sum(1) == 2).all()  # half of the frames are guessed, at one glance,
     assert not whole[:, 0].any()
     assert (trained[:, 0] == codes[:, 0]).all()
     guessed = trained == guess
@@ -157,7 +157,8 @@ def test_its_own_guesses_stand_in_for_frames_but_never_for_the_first(monkeypatch
 def test_guessing_takes_no_weight_s_gradient_away_under_autocast() -> None:
     model = Genie(CONFIG.with_overrides("dynamics.corrupt_tokens=1", "dynamics.corrupt_by=own")).dynamics
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = model(torch.randint(16, (2, 6, 16, 4)), torch.randn(2, 5, 32), torch.randn(16, 32))
+        codes = torch.randint(16, (2, 6, 16, 4))
+        loss, _ = model(codes, torch.randn(2, 5, 32), torch.randn(16, 32), Chance.of_step(0, 0, 2))
     loss.backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
@@ -178,14 +179,14 @@ def test_time_is_attended_to_in_every_nth_block_alone() -> None:
 
 def test_the_masked_loss_is_torchs_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     """In value, accuracy and every gradient, although it holds a few rows of logits at a time."""
-    monkeypatch.setattr(dynamics, "_ROWS", 3)
+    monkeypatch.setattr(dynamics, "_ROWS", 6)
     torch.manual_seed(0)
-    hidden, layer = torch.randn(8, 5, requires_grad=True), nn.Linear(5, 2 * 7)
-    codes, weights = torch.randint(7, (8, 2)), torch.rand(8, 2)
+    hidden, layer = torch.randn(2, 8, 5, requires_grad=True), nn.Linear(5, 2 * 7)
+    codes, weights = torch.randint(7, (2, 8, 2)), torch.rand(2, 8, 2)
     wanted = (hidden, layer.weight, layer.bias)
     loss, accuracy = dynamics._MaskedCrossEntropy.apply(*wanted, codes, weights)
-    logits = layer(hidden).view(8, 2, 7)
-    reference = (F.cross_entropy(logits.transpose(1, 2), codes, reduction="none") * weights).sum()
+    logits = layer(hidden).view(2, 8, 2, 7)
+    reference = (F.cross_entropy(logits.movedim(-1, 1), codes, reduction="none") * weights).sum()
     torch.testing.assert_close(loss, reference)
     torch.testing.assert_close(accuracy, ((logits.argmax(-1) == codes) * weights).sum())
     for ours, theirs in zip(
@@ -196,12 +197,11 @@ def test_the_masked_loss_is_torchs_cross_entropy(monkeypatch: pytest.MonkeyPatch
 
 def test_dead_codes_revive() -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(CodebookConfig(num_codes=8, latent_dim=4, memory=1024, ema_decay=0.0)).train()
+    quantizer = VectorQuantizer(CodebookConfig(num_codes=8, latent_dim=4, memory=1024, ema_decay=0.0))
     with torch.no_grad():
         quantizer.codebook_VL[:] = quantizer.codebook_VL[:1]  # collapsed: code 0 takes everything
-    for _ in range(90):
-        latents = torch.randn(64, 4, requires_grad=True)
-        out = quantizer(latents)
+    for step in range(90):
+        out = quantizer(torch.randn(64, 4), Chance.of_step(0, step, 64))
     assert float(out.logs["usage"]) == 1.0
     assert float(out.logs["perplexity"]) > 5
 
@@ -209,13 +209,13 @@ def test_dead_codes_revive() -> None:
 def test_quantizer_passes_latents_first_and_codes_later() -> None:
     torch.manual_seed(0)
     config = CodebookConfig(num_codes=4, latent_dim=8, memory=1024, continuous_steps=10)
-    quantizer = VectorQuantizer(config).train()
+    quantizer = VectorQuantizer(config)
     latents = torch.randn(16, 8, requires_grad=True)
-    early = quantizer(latents)
+    early = quantizer(latents, Chance.of_step(0, 0, 16))
     torch.testing.assert_close(early.latents, torch.nn.functional.layer_norm(latents, (8,)))
     assert float(early.loss.detach()) == 0.0
-    for _ in range(120):
-        late = quantizer(latents)
+    for step in range(120):
+        late = quantizer(latents, Chance.of_step(0, step, 16))
     torch.testing.assert_close(late.latents, quantizer.embed(late.codes))
     assert float(late.loss.detach()) > 0.0
     late.latents.square().sum().backward()
@@ -229,9 +229,9 @@ def test_moving_averages_find_the_clusters_and_dead_codes_revive(min_share: floa
     config = CodebookConfig(
         num_codes=16, latent_dim=4, learn="ema", ema_decay=0.9, normalised=False, min_share=min_share
     )
-    quantizer, centres = VectorQuantizer(config).train(), 10 + torch.randn(8, 4)
-    for _ in range(60):
-        quantizer(centres[torch.randint(8, (256,))] + 0.02 * torch.randn(256, 4))
+    quantizer, centres = VectorQuantizer(config), 10 + torch.randn(8, 4)
+    for step in range(60):
+        quantizer(centres[torch.randint(8, (256,))] + 0.02 * torch.randn(256, 4), Chance.of_step(0, step, 256))
     distance = torch.cdist(centres, quantizer.codebook_VL).amin(-1)
     assert torch.isfinite(quantizer.codebook_VL).all()
     assert (distance.max() < 0.05) == (min_share > 0)  # one code of the first draw is nearest to all
@@ -239,7 +239,7 @@ def test_moving_averages_find_the_clusters_and_dead_codes_revive(min_share: floa
 
 def test_latents_that_keep_their_scale_are_quantized_as_they_are() -> None:
     config = CodebookConfig(num_codes=4, latent_dim=2, normalised=False)
-    quantizer = VectorQuantizer(config).eval()
+    quantizer = VectorQuantizer(config)
     quantizer.codebook_VL.copy_(torch.tensor([[0.0, 0.0], [10.0, 10.0], [0.0, 9.0], [3.0, 3.0]]))
     assert quantizer(torch.tensor([[8.0, 8.0], [4.0, 4.0], [-1.0, 6.0]])).codes.tolist() == [1, 3, 2]
 
@@ -265,8 +265,8 @@ def test_a_tokenizer_of_squares_starts_by_showing_them() -> None:
     torch.testing.assert_close(blurred, torch.full_like(checkers, 0.5), atol=0.1, rtol=0)
 
 
-def test_quantizer_does_not_learn_in_evaluation() -> None:
-    quantizer = VectorQuantizer(CodebookConfig(num_codes=8, latent_dim=4)).eval()
+def test_quantizer_does_not_learn_without_chance() -> None:
+    quantizer = VectorQuantizer(CodebookConfig(num_codes=8, latent_dim=4))
     before = quantizer.codebook_VL.clone()
     out = quantizer(torch.randn(16, 4))
     assert torch.equal(before, quantizer.codebook_VL)

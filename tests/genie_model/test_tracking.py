@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -69,6 +71,20 @@ def test_a_pipeline_is_one_run_and_its_steps_nest_below_it(store: Path) -> None:
     with step("first", "tiny", ["seed=1"], root_uri="here") as again:
         pass
     assert again.parent_id != first.parent_id, "a finished pipeline run again is a new run"
+
+
+def test_what_is_logged_while_another_thread_sends_is_not_lost(store: Path) -> None:
+    with step("both", "tiny", root_uri="threads") as run, ThreadPoolExecutor(1) as pool:
+
+        def log() -> None:
+            for number in range(200):
+                run.metrics({"loss": 1.0}, number)
+                time.sleep(0.001)
+
+        logging = pool.submit(log)
+        while not logging.done():
+            run.flush()
+    assert len(run.client.get_metric_history(run.run_id, "loss")) == 200
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, "the runner's death"])

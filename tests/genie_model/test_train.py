@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from genie_model import files
+from genie_model.backend.native import Native
+from genie_model.chance import Chance
 from genie_model.checkpoint import load_model, load_tokenizer, load_training, save_model
-from genie_model.config import Config
+from genie_model.config import Config, ParallelConfig
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore
 from genie_model.genie import Genie
@@ -52,7 +54,7 @@ def run(config: Config, data_uri: str, state: TrainingState, kill_at: int | None
         if step == kill_at:
             raise Killed
 
-    fit(genie, stage, loader, state, desc="test", seed=0, log=curve, on_step=on_step)
+    fit(genie, stage, loader, state, Native(ParallelConfig()), desc="test", seed=0, log=curve, on_step=on_step)
     return genie, curve
 
 
@@ -104,25 +106,43 @@ def test_a_tokenizer_of_another_config_is_refused(data_uri: str, tmp_path: Path)
 
 def test_a_loss_that_is_not_finite_stops_the_run(data_uri: str, tmp_path: Path) -> None:
     class Broken(torch.nn.Linear):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def forward(self, x: torch.Tensor, chance: Chance) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return self.weight.sum() * torch.nan, {}
 
     loader = ClipLoader(VideoStore.open(f"{data_uri}/train"), 2, 8, seed=0)
     with pytest.raises(ValueError, match=r"the loss is nan at step 1: lower optimizer\.max_lr"):
-        fit(Broken(2, 2), CONFIG.train_world, loader, TrainingState(str(tmp_path)), desc="t", seed=0, log=NoLog())
+        fit(
+            Broken(2, 2),
+            CONFIG.train_world,
+            loader,
+            TrainingState(str(tmp_path)),
+            Native(ParallelConfig()),
+            desc="t",
+            seed=0,
+            log=NoLog(),
+        )
 
 
 def test_what_training_came_to_is_a_mean_over_its_last_fifth(data_uri: str, tmp_path: Path) -> None:
     class Counting(torch.nn.Linear):
         steps = 0
 
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def forward(self, x: torch.Tensor, chance: Chance) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             self.steps += 1
             return self.weight.sum(), {"part/count": torch.tensor(float(self.steps))}
 
     loader = ClipLoader(VideoStore.open(f"{data_uri}/train"), 2, 8, seed=0)
     stage = CONFIG.train_world.model_copy(update={"steps": 10})
-    done = fit(Counting(2, 2), stage, loader, TrainingState(str(tmp_path)), desc="t", seed=0, log=NoLog())
+    done = fit(
+        Counting(2, 2),
+        stage,
+        loader,
+        TrainingState(str(tmp_path)),
+        Native(ParallelConfig()),
+        desc="t",
+        seed=0,
+        log=NoLog(),
+    )
     assert done.final == {"final_part_count": 9.5}
 
 

@@ -25,7 +25,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from genie_model import files
+from genie_model.backend.native import Native
 from genie_model.checkpoint import save_model
+from genie_model.config import ParallelConfig
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore
 from genie_model.genie import Genie
@@ -253,7 +255,6 @@ def train_tokenizer(folder: Path, data_uri: str, steps: int, wait_at: int | None
     torch.manual_seed(0)
     module = Genie(CONFIG).tokenizer
     stage = CONFIG.train_tokenizer.model_copy(update={"steps": steps, "log_every": 1, "checkpoint_every": 2})
-    loader = ClipLoader(VideoStore.open(f"{data_uri}/train"), stage.batch_size, CONFIG.data.clip_length, seed=0)
     log = Lines(folder / where / "loss.jsonl")
     log.path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -262,16 +263,19 @@ def train_tokenizer(folder: Path, data_uri: str, steps: int, wait_at: int | None
             (folder / "waits").touch()
             time.sleep(60)
 
-    fit(
-        module,
-        stage,
-        loader,
-        TrainingState(str(folder / "training")),
-        desc="test",
-        seed=0,
-        log=log,
-        on_step=on_step,
-    )
+    with Native(ParallelConfig()) as backend:
+        store, length = VideoStore.open(f"{data_uri}/train"), CONFIG.data.clip_length
+        fit(
+            module,
+            stage,
+            ClipLoader(store, stage.batch_size, length, 0, *backend.share),
+            TrainingState(str(folder / "training")),
+            backend,
+            desc="test",
+            seed=0,
+            log=log,
+            on_step=on_step,
+        )
     torch.save(module.state_dict(), folder / where / "weights.pt")
 
 
@@ -361,6 +365,7 @@ def join(rank: int, size: int, folder: Path) -> None:
 
 def train_together(rank: int, folder: Path, data_uri: str) -> None:
     join(rank, 2, folder)
+    os.environ["WORLD_SIZE"] = "2"  # as torchrun says
     train_tokenizer(folder, data_uri, 1000, where=str(rank))
 
 

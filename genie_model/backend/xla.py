@@ -1,0 +1,139 @@
+"""TPU, and what else torch-xla knows: one program for the whole mesh (SPMD), which XLA cuts by its inputs' shardings.
+
+So nothing here communicates, and sums over the batch are over all of it (collectives.py is idle). A step is traced,
+compiled once and run as one program: every step must be the same but for its inputs, and tensors that it starts from
+must be cut alike from the first on.
+
+TorchTPU, announced to follow torch-xla, would be a third file like this one: a `Backend` whose `prepare` cuts by
+`sharding.cut` and whose `inputs` make global arrays of what each host loads. Models, trainer and tests stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch_xla
+import torch_xla.core.xla_model as xm
+import torch_xla.debug.metrics as metrics
+import torch_xla.distributed.spmd as spmd
+import torch_xla.runtime as runtime
+from torch import Tensor, nn
+from torch_xla._internal import tpu
+from torch_xla.utils.checkpoint import checkpoint
+
+from genie_model.backend.sharding import check, cut
+from genie_model.chance import Chance
+from genie_model.config import ParallelConfig, StageConfig
+from genie_model.data.loader import Batch
+from genie_model.layers import sublayers
+from genie_model.optim import Optimizers
+
+_AXES = ("data", "fsdp", "tensor")
+_BATCH = ("data", "fsdp")  # the axes that share the clips
+
+
+class XLA:
+    """`backend.Backend` for torch-xla."""
+
+    def __init__(self, parallel: ParallelConfig) -> None:
+        self.parallel = parallel
+        runtime.use_spmd()
+        if parallel.compilation_cache:
+            runtime.initialize_cache(parallel.compilation_cache, readonly=runtime.process_index() > 0)
+        devices = runtime.global_runtime_device_count()
+        self._sizes = parallel.mesh(devices)
+        self._mesh = spmd.Mesh(np.arange(devices), self._sizes, _AXES)
+        self._device = torch_xla.device()
+        self.share, self.first = (runtime.process_index(), runtime.process_count()), runtime.process_index() == 0
+
+    def __enter__(self) -> XLA:
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        torch_xla.sync(wait=True)
+
+    def prepare(self, module: nn.Module, stage: StageConfig) -> Optimizers:
+        check(module, stage, *self._sizes)
+        if stage.optimizer.muon_lr:
+            raise ValueError(
+                "optimizer.muon_lr: torch-xla hands Muon's products to the CPU; set it to 0 for backend=xla"
+            )
+        module.to(self._device).train()
+        if self.parallel.remat:
+            for sublayer in sublayers(module):
+                sublayer.forward = functools.partial(checkpoint, sublayer.forward, preserve_rng_state=False)
+        optimizers = Optimizers(module, stage.optimizer, traced=True)
+        self.cut(module, optimizers)
+        optimizers.start()
+        self.cut(module, optimizers)
+        torch_xla.sync(wait=True)
+        return optimizers
+
+    def cut(self, module: nn.Module, optimizers: Optimizers) -> None:
+        """Shards parameters and what optimizers remember of them; to be called again when they were loaded."""
+        tensors = optimizers.tensors(module)
+        for name, parameter in module.named_parameters():
+            spec: list[str | None] = [None] * parameter.ndim
+            for axis, dim in zip(("fsdp", "tensor"), cut(name, parameter), strict=True):
+                if dim is not None:
+                    spec[dim] = axis
+            moments = [t for label, t in tensors.items() if label.rpartition("|")[0] == name and t.ndim]
+            for tensor in (parameter, *moments):
+                spmd.clear_sharding(tensor)
+                spmd.mark_sharding(tensor, self._mesh, tuple(spec))
+        for buffer in module.buffers():
+            spmd.clear_sharding(buffer)
+            spmd.mark_sharding(buffer, self._mesh, (None,) * buffer.ndim)
+
+    def inputs(self, batch: Batch, chance: Chance) -> tuple[list[Tensor], Chance]:
+        index, count = self.share
+        frames, *others = (self._send(torch.from_numpy(part)) for part in batch if part is not None)
+        key_B = self._send(chance.key_B.chunk(count)[index][:, None])[:, 0]  # torch-xla cuts no vector over two axes
+        return [frames.float() / 255, *others], Chance(chance.key.to(self._device), key_B)
+
+    def _send(self, x_B: Tensor) -> Tensor:
+        """To the devices, while the last step still runs; of several hosts each sends its own clips."""
+        spec = spmd.ShardingSpec(self._mesh, (_BATCH, *(None,) * (x_B.ndim - 1)), minibatch=self.share[1] > 1)
+        sent: Tensor = xm.send_cpu_data_to_device([x_B], self._device, spec)[0]
+        return sent
+
+    def autocast(self, precision: str) -> contextlib.AbstractContextManager[None]:
+        context: contextlib.AbstractContextManager[None] = torch.autocast(
+            "xla", torch.bfloat16, enabled=precision == "bf16"
+        )
+        return context
+
+    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+
+    def end_step(self) -> None:
+        torch_xla.sync()
+
+    def numbers(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        return dict(zip(tensors, map(float, xm._maybe_convert_to_cpu(list(tensors.values()))), strict=True))
+
+    def device_name(self) -> str:
+        if runtime.device_type() != "TPU":
+            return str(runtime.device_type())
+        kind = os.environ.get("TPU_ACCELERATOR_TYPE") or tpu.get_tpu_env().get("ACCELERATOR_TYPE", "")
+        return f"TPU {kind.partition('-')[0]}"  # v5p-256: of a slice of 256 cores
+
+    def num_devices(self) -> int:
+        return math.prod(self._sizes)
+
+    def compile_count(self) -> int:
+        compiled = metrics.metric_data("CompileTime")
+        return int(compiled[0]) if compiled else 0
+
+    def peak_memory_mb(self) -> float:
+        if runtime.device_type() == "CPU":
+            from genie_model.backend.native import peak_memory_mb
+
+            return peak_memory_mb()
+        return float(xm.get_memory_info(self._device)["peak_bytes_used"]) / 2**20
