@@ -45,7 +45,7 @@ class TrainingState:
     """Checkpoints of one training run: `<uri>/step-<n>/`, and `latest.json` that names the newest whole one.
 
     A kill at any instant leaves the old or the new, never half of one. Where several processes train, all of them
-    call everything here in the same order.
+    call `save`, `restore` and `wait` in the same order.
 
     A backend with tensors that DCP does not know (XLA's) says how to copy a `State` to the host, and makes the
     planners that cut it in parts.
@@ -116,8 +116,8 @@ class TrainingState:
         return step[0]
 
     def remove(self) -> None:
-        if self._group is None or dist.get_rank() == 0:
-            files.remove_tree(self.uri)
+        """Everything; one process's to do."""
+        files.remove_tree(self.uri)
 
     @functools.cached_property
     def _group(self) -> dist.ProcessGroup | None:
