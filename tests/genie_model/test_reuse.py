@@ -38,6 +38,7 @@ def both(config: Config, data_uri: str, root: Path) -> tuple[str, str]:
         "train_world.checkpoint_every=1",
         "evaluation.clips=3",
         "promotion.min_delta_psnr=1",
+        "parallel.remat=true",
     ],
 )
 def test_what_the_weights_do_not_depend_on_trains_nothing_anew(override: str, data_uri: str, tmp_path: Path) -> None:
