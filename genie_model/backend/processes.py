@@ -53,15 +53,15 @@ class Native:
 
     def prepare(self, module: nn.Module, stage: StageConfig) -> Optimizers:
         module.to(native.device()).train()
+        if dist.is_initialized() and self._sizes != (1, 1, 1):
+            sharding.check(module, stage, *self._sizes)
+            sharding.shard(module, sharding.Mesh(*self._sizes).over(native.device().type), stage.precision)
         for sublayer in sublayers(module):
             if self.parallel.remat:
                 again = functools.partial(checkpoint, sublayer.forward, use_reentrant=False, preserve_rng_state=False)
                 sublayer.forward = again
             if self.parallel.compile:
                 sublayer.compile()
-        if dist.is_initialized() and self._sizes != (1, 1, 1):
-            sharding.check(module, stage, *self._sizes)
-            sharding.shard(module, sharding.Mesh(*self._sizes).over(native.device().type), stage.precision)
         return Optimizers(module, stage.optimizer)
 
     def inputs(self, batch: Batch, chance: Chance) -> tuple[list[Tensor], Chance]:

@@ -22,8 +22,8 @@ VARIED = "dynamics.code_vectors=true dynamics.corrupt_tokens=0.5 dynamics.corrup
 CASES = {  # what is trained: how two processes share it
     "tokenizer": "parallel.fsdp=2",
     f"tokenizer {EMA}": "parallel.data=2",
-    "world": "parallel.tensor=2",
-    f"world {VARIED}": "parallel.fsdp=2 parallel.remat=true",
+    "world": "parallel.fsdp=2",
+    f"world {VARIED}": "parallel.tensor=2 parallel.remat=true",
 }
 CONFIG = get_preset("tiny")
 
