@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from genie_model import files
-from genie_model.backend.native import Native
+from genie_model.backend.processes import Native
 from genie_model.checkpoint import save_model
 from genie_model.config import ParallelConfig
 from genie_model.data.loader import ClipLoader
