@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check compile clean clean-all
+.PHONY: help setup demo test test-xla check compile clean clean-all
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -28,6 +28,18 @@ demo: setup  ## from nothing to a CoinRun world to play in the browser, with its
 test: setup  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+# torch-xla 2.9 wants torch 2.9: an environment of its own (7 GB), with what training needs of the rest.
+.venv-xla/installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11 or set PYTHON=..." >&2; exit 1; }
+	@echo "[test-xla] installing torch-xla into .venv-xla (a few minutes the first time)"
+	rm -rf .venv-xla && $(PYTHON) -m venv .venv-xla
+	grep -v '^torch==' constraints.txt > .venv-xla/constraints.txt
+	PIP_CONSTRAINT=.venv-xla/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-xla/bin/python -m pip install $(PIP_ARGS) --editable '.[tpu,dev]' torch==2.9.0
+	@touch $@
+
+test-xla: .venv-xla/installed  ## run the tests of training on TPU, on virtual devices of the CPU
+	.venv-xla/bin/python -m pytest tests/xla $(ARGS)
+
 check: setup  ## format, lint and type-check
 	$(BIN)/ruff format .
 	$(BIN)/ruff check .
@@ -40,4 +52,4 @@ clean:  ## remove what was built, but not what was collected and trained
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
 clean-all: clean  ## remove everything that make made: data sets, models, runs and .venv
-	rm -rf .genie .venv
+	rm -rf .genie .venv .venv-xla

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.configs import CONFIGS
 from genie_model.backend import native
 from genie_model.backend.graphs import prepare_play
-from genie_model.backend.native import Native
+from genie_model.backend.processes import Native
 from genie_model.chance import Chance
 from genie_model.checkpoint import save_model
 from genie_model.config import Config, ParallelConfig, StageConfig

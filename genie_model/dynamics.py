@@ -187,7 +187,7 @@ def nearest_to_mean(probs: Tensor, codebook_VL: Tensor) -> tuple[Tensor, Tensor]
     with torch.autocast(probs.device.type, enabled=False):  # near codes differ in bits that bfloat16 drops
         length_V = codebook_VL.square().sum(-1)
         mean_XL = (probs @ codebook_VL).flatten(0, -2)
-        closeness, codes = torch.addmm(-length_V, mean_XL, codebook_VL.T, alpha=2).view_as(probs).max(-1)
+        closeness, codes = torch.addmm(-length_V, 2 * mean_XL, codebook_VL.T).view_as(probs).max(-1)
         return codes, closeness - probs @ length_V
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from genie_model import checkpoint, files
-from genie_model.backend import Backend, training
+from genie_model.backend.seam import Backend, training
 from genie_model.chance import Chance
 from genie_model.config import Config, StageConfig
 from genie_model.data.loader import ClipLoader
@@ -34,8 +34,9 @@ from genie_model.watch import Watch
 
 # The code that decides the weights of each model.
 TRAINER_CODE = (
-    "backend/__init__.py",
+    "backend/seam.py",
     "backend/native.py",
+    "backend/processes.py",
     "backend/sharding.py",
     "backend/xla.py",
     "chance.py",

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from genie_model import speed
-from genie_model.backend import Backend, native
+from genie_model.backend import native
+from genie_model.backend.seam import Backend
 from genie_model.config import StageConfig
 from genie_model.data.loader import Batch
 from genie_model.exporter import Exporter

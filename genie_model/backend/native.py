@@ -1,34 +1,18 @@
-"""CPU and CUDA: where tensors live, in which precision, how the process is set up for it; and training there.
-
-Several processes train together where torchrun started them: one for each GPU, or on CPUs over gloo.
-"""
+"""The device seam for CPU and CUDA: where tensors live, in which precision, and how the process is set up for it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-import math
-import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from genie_model import collectives
-from genie_model.chance import Chance
-from genie_model.config import ParallelConfig, StageConfig
-from genie_model.data.loader import Batch
-from genie_model.layers import sublayers
-from genie_model.optim import Optimizers
+from torch import Tensor
 
 
 def device() -> torch.device:
@@ -102,80 +86,3 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_arena_max, 1)
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, 1 << 30)
-
-
-class Native:
-    """`backend.Backend` for CPU and CUDA: FSDP2, and tensor parallelism by DTensor (sharding.py)."""
-
-    def __init__(self, parallel: ParallelConfig) -> None:
-        self.parallel = parallel
-        self._sizes = parallel.mesh(int(os.environ.get("WORLD_SIZE", 1)))
-        self.share, self.first = (0, 1), True
-        self._exit = contextlib.ExitStack()
-
-    def __enter__(self) -> Native:
-        keep_freed_memory()
-        if "WORLD_SIZE" in os.environ and self._sizes != (1, 1, 1):
-            self._meet()
-        return self
-
-    def __exit__(self, *ended: object) -> None:
-        self._exit.close()
-
-    def _meet(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-            self._exit.callback(dist.destroy_process_group)
-        data, fsdp, tensor = self._sizes
-        self.share, self.first = (dist.get_rank() // tensor, data * fsdp), dist.get_rank() == 0
-        groups = [dist.new_group(range(i, dist.get_world_size(), tensor)) for i in range(tensor)]
-        self._exit.enter_context(collectives.shared_by(groups[dist.get_rank() % tensor]))
-
-    def prepare(self, module: nn.Module, stage: StageConfig) -> Optimizers:
-        module.to(device()).train()
-        for sublayer in sublayers(module):
-            if self.parallel.remat:
-                again = functools.partial(checkpoint, sublayer.forward, use_reentrant=False, preserve_rng_state=False)
-                sublayer.forward = again
-            if self.parallel.compile:
-                sublayer.compile()
-        if dist.is_initialized() and self._sizes != (1, 1, 1):
-            from genie_model.backend import sharding  # takes a second to import
-
-            sharding.check(module, stage, *self._sizes)
-            sharding.shard(module, sharding.Mesh(*self._sizes).over(device().type), stage.precision)
-        return Optimizers(module, stage.optimizer)
-
-    def inputs(self, batch: Batch, chance: Chance) -> tuple[list[Tensor], Chance]:
-        index, count = self.share
-        key_B = chance.key_B.chunk(count)[index]
-        return inputs(*batch), Chance(*(key.to(device(), non_blocking=True) for key in (chance.key, key_B)))
-
-    def autocast(self, precision: str) -> contextlib.AbstractContextManager[None]:
-        return autocast(precision)
-
-    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
-        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return whole
-
-    def end_step(self) -> None:
-        pass
-
-    def numbers(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-        means = collectives.mean(torch.stack([tensor.detach().float() for tensor in tensors.values()]))
-        return dict(zip(tensors, means.tolist(), strict=True))
-
-    def device_name(self) -> str:
-        return device_name()
-
-    def num_devices(self) -> int:
-        return math.prod(self._sizes)
-
-    def compile_count(self) -> int:
-        return compile_count()
-
-    def peak_memory_mb(self) -> float:
-        return peak_memory_mb()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -137,19 +137,17 @@ def _keep_whole(unit: nn.Module, tensor: DeviceMesh) -> None:
                 replicated = DTensor.from_local(parameter.detach(), tensor, [Replicate()], run_check=False)
                 module.register_parameter(name, nn.Parameter(replicated, parameter.requires_grad))
                 whole.append((module, name, Partial() if name == _OF_OWN_HEADS else Replicate()))
-    parked = list[nn.Parameter | None]()
+    forward = unit.forward
 
-    def enter(*_: object) -> None:
-        for module, name, placement in whole:
-            parameter = module._parameters[name]
-            parked.append(parameter)
-            assert isinstance(parameter, DTensor)
-            module._parameters[name] = parameter.to_local(grad_placements=[placement])
+    def with_plain_tensors(*args: Any, **kwargs: Any) -> Any:
+        parameters = [module._parameters[name] for module, name, _ in whole]
+        try:
+            for (module, name, placement), parameter in zip(whole, parameters, strict=True):
+                assert isinstance(parameter, DTensor)
+                module._parameters[name] = parameter.to_local(grad_placements=[placement])
+            return forward(*args, **kwargs)
+        finally:  # recomputation ends a pass by an exception, as soon as it has all it needs
+            for (module, name, _), parameter in zip(whole, parameters, strict=True):
+                module._parameters[name] = parameter
 
-    def leave(*_: object) -> None:
-        for (module, name, _placement), parameter in zip(whole, parked, strict=True):
-            module._parameters[name] = parameter
-        parked.clear()
-
-    unit.register_forward_pre_hook(enter)
-    unit.register_forward_hook(leave, always_call=True)  # recomputation ends a pass as soon as it has all it needs
+    unit.forward = with_plain_tensors

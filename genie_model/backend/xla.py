@@ -39,7 +39,7 @@ _BATCH = ("data", "fsdp")  # the axes that share the clips
 
 
 class XLA:
-    """`backend.Backend` for torch-xla."""
+    """`seam.Backend` for torch-xla."""
 
     def __init__(self, parallel: ParallelConfig) -> None:
         self.parallel = parallel

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from genie_model.backend.processes import Native
 from genie_model.checkpoint import load_model
 from genie_model.cloning import (
     ActionMap,
@@ -18,7 +19,7 @@ from genie_model.cloning import (
     train_policy,
     true_actions,
 )
-from genie_model.config import Config
+from genie_model.config import Config, ParallelConfig
 from genie_model.data.coinrun import FRAME_SHAPE, NUM_ACTIONS
 from genie_model.data.expert import collect_demonstrations
 from genie_model.data.loader import ClipLoader
@@ -176,7 +177,17 @@ def test_resumed_equals_uninterrupted(coloured: VideoStore, tmp_path: Path) -> N
             if step == kill_at:
                 raise Killed
 
-        fit(policy, CONFIG.train_policy, loader, state, desc="test", seed=0, log=NoLog(), on_step=on_step)
+        fit(
+            policy,
+            CONFIG.train_policy,
+            loader,
+            state,
+            Native(ParallelConfig()),
+            desc="test",
+            seed=0,
+            log=NoLog(),
+            on_step=on_step,
+        )
         return policy
 
     whole, broken = run(TrainingState(str(tmp_path / "whole"))), TrainingState(str(tmp_path / "broken"))

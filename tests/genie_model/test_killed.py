@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from processes import ended, join, start
 
-from genie_model.backend.native import Native
+from genie_model.backend.processes import Native
 from genie_model.config import ParallelConfig
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore

@@ -54,6 +54,7 @@ def both(config: Config, data_uri: str, root: Path) -> tuple[str, str]:
         "train_world.stall_seconds=1000",
         "evaluation.clips=3",
         "promotion.min_delta_psnr=1",
+        "parallel.remat=true",
     ],
 )
 def test_what_the_weights_do_not_depend_on_trains_nothing_anew(override: str, data_uri: str, tmp_path: Path) -> None:

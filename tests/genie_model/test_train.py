@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genie_model import files
-from genie_model.backend.native import Native
+from genie_model.backend.processes import Native
 from genie_model.chance import Chance
 from genie_model.checkpoint import load_model, load_tokenizer, load_training, save_model
 from genie_model.config import Config, ParallelConfig

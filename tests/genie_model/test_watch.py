@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from genie_model import describe, speed
 from genie_model.backend import native
-from genie_model.backend.native import Native
+from genie_model.backend.processes import Native
 from genie_model.chance import Chance
 from genie_model.config import ParallelConfig
 from genie_model.data.loader import Batch, ClipLoader

@@ -319,7 +319,7 @@ def test_a_session_that_another_replica_ended_gives_up_its_place(serve: Serve, t
     for session in sessions:
         assert there.delete(f"/v1/sessions/{session}").status_code == 204
     assert_error(here.get(f"/v1/sessions/{sessions[0]}/frames/0"), 404, "unknown_session")
-    assert here.get("/readyz").json()["sessions"] == 1
+    assert here.get("/readyz").json()["sessions"] <= 1  # on a slow machine the idle were looked for meanwhile
     eventually(lambda: here.get("/readyz").json()["sessions"] == 0)
 
 
