@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from genie_model.backend.processes import Native
 from genie_model.checkpoint import TrainingState, load_model
 from genie_model.cloning import (
     ActionMap,
@@ -175,7 +176,8 @@ def test_resumed_equals_uninterrupted(coloured: VideoStore, tmp_path: Path) -> N
             if step == kill_at:
                 raise Killed
 
-        fit(policy, CONFIG.train_policy, loader, state, desc="test", seed=0, log=NoLog(), on_step=on_step)
+        backend = Native(CONFIG.parallel)
+        fit(policy, CONFIG.train_policy, loader, state, backend, desc="test", seed=0, log=NoLog(), on_step=on_step)
         return policy
 
     whole, broken = run(TrainingState(str(tmp_path / "whole"))), TrainingState(str(tmp_path / "broken"))
