@@ -29,6 +29,11 @@ class Chance(NamedTuple):
         drawn = torch.from_numpy(keys.astype(np.int64))
         return Chance(drawn[0], drawn[1:])
 
+    @staticmethod
+    def of_shapes(clips: int) -> Chance:
+        """For a batch that is only traced."""
+        return Chance(torch.zeros((), dtype=torch.long), torch.zeros(clips, dtype=torch.long))
+
     def of_clips(self, name: str, *shape: int) -> Tensor:
         """Uniform in [0, 1): float32 (B, *shape)."""
         return (_bits(self.key_B, name, shape) >> 8).float() * 2**-24

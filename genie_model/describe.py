@@ -41,9 +41,7 @@ def training_cost(module: nn.Module, config: Config, batch_size: int, precision:
     module.train()
     with FlopCounterMode(display=False) as counter, _kept_bytes(module) as kept:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss, _ = module(
-                *inputs, chance=Chance(torch.zeros((), dtype=torch.long), torch.zeros(1, dtype=torch.long))
-            )
+            loss, _ = module(*inputs, chance=Chance.of_shapes(1))
         loss.backward()
     module.zero_grad(set_to_none=True)
     counts = counter.get_flop_counts()

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from genie_model.backend import native
+from genie_model.chance import Chance
 
 # Dense bfloat16 FLOP/s of one device, as its vendor states them, by a part of its name; the first that fits.
 _PEAK_FLOPS = (
@@ -92,8 +93,9 @@ def flops_counter(module: nn.Module, precision: str) -> Callable[[Sequence[NDArr
         with mode, FlopCounterMode(display=False) as counter:
             inputs = [torch.empty(1, *frames.shape[1:])]
             inputs += [torch.empty(1, *array.shape[1:], dtype=torch.long) for array in known]
+            chance = Chance.of_shapes(1)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                loss, _ = copied(*inputs)
+                loss, _ = copied(*inputs, chance=chance)
             loss.backward()
         return float(counter.get_total_flops())
 
