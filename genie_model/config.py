@@ -245,7 +245,7 @@ class ParallelConfig(ConfigNode):
     data: int = Field(0, ge=0, description="groups of devices that share the batch; 0: as many as there are")
     fsdp: int = Field(1, ge=1, description="devices that share the batch, and all parameters (stage-3 ZeRO)")
     tensor: int = Field(1, ge=1, description="devices that share heads and feed-forwards of the same clips")
-    remat: bool = Field(False, description="sublayers are computed again in the backward pass, instead of kept")
+    remat: bool = Field(False, description="ST blocks are computed again in the backward pass, instead of kept")
     compile: bool = Field(False, description="native: sublayers by torch.compile; xla always compiles")
     compilation_cache: str = Field("", description="xla: a folder; what it holds is not compiled again")
 

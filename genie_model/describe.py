@@ -82,27 +82,21 @@ def sizes(config: Config) -> dict[str, float]:
     return found
 
 
-def describe(config: Config, devices: int = 1) -> str:
-    """The tree, and parameters, FLOPs and memory per device, beside what the paper reports of the preset.
-
-    Model states and activations are shared evenly by `devices`, as stage-3 ZeRO and batch parallelism do (App. C.3).
-    """
+def describe(config: Config) -> str:
+    """The tree, and parameters, FLOPs and memory, beside what the paper reports of the preset."""
     lines = [*_tree(config), ""]
     with FakeTensorMode():
         genie = Genie(config)
         lines += [f"{'part':<20}{'parameters':>12}"]
-        lines += [f"{name:<20}{_short(num_parameters(part)):>12}" for name, part in genie.named_children()]
-        lines += [f"{'all':<20}{_short(num_parameters(genie)):>12}", ""]
+        lines += [f"{name:<20}{short(num_parameters(part)):>12}" for name, part in genie.named_children()]
+        lines += [f"{'all':<20}{short(num_parameters(genie)):>12}", ""]
         titles = ("clips", "tokens", "FLOPs", "all steps", "states", "activations")
         lines += [f"{'training step':<20}" + "".join(f"{title:>12}" for title in titles)]
-        lines += [_training_row("tokenizer", genie.tokenizer, config, config.train_tokenizer, devices)]
+        lines += [_training_row("tokenizer", genie.tokenizer, config, config.train_tokenizer)]
         genie.tokenizer.requires_grad_(False)
-        lines += [_training_row("LAM + dynamics", genie, config, config.train_world, devices)]
-        played, dynamics = _short(play_flops(genie, config)), num_parameters(genie.dynamics)
-    lines += [
-        f"FLOPs of a step and of all; bytes on each of {devices} devices, nothing recomputed in the backward pass",
-        "",
-    ]
+        lines += [_training_row("LAM + dynamics", genie, config, config.train_world)]
+        played, dynamics = short(play_flops(genie, config)), num_parameters(genie.dynamics)
+    lines += ["FLOPs of a step and of all; bytes of all devices, nothing recomputed in the backward pass", ""]
     steps, history = config.sampling.maskgit_steps, config.data.clip_length - 1
     lines += [f"a played frame: {played} FLOPs, for {steps} MaskGIT steps behind {history} frames and the picture"]
     if paper := PAPER_PRESETS.get(config.name):
@@ -112,14 +106,14 @@ def describe(config: Config, devices: int = 1) -> str:
     return "\n".join(lines)
 
 
-def _training_row(name: str, module: nn.Module, config: Config, stage: StageConfig, devices: int) -> str:
+def _training_row(name: str, module: nn.Module, config: Config, stage: StageConfig) -> str:
     grid = PatchGrid(config.data.frame_height, config.data.frame_width, config.tokenizer.patch_size)
     tokens = stage.batch_size * config.data.clip_length * grid.num_patches * config.tokenizer.codes_per_patch
     cost = training_cost(module, config, stage.batch_size, stage.precision)
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     states = trained * _STATE_BYTES + (num_parameters(module) - trained) * 4
-    shown = (stage.batch_size, tokens, cost.flops, cost.flops * stage.steps, states / devices)
-    return f"{name:<20}" + "".join(f"{_short(x):>12}" for x in shown) + f"{_short(cost.activation_bytes / devices):>12}"
+    shown = (stage.batch_size, tokens, cost.flops, cost.flops * stage.steps, states, cost.activation_bytes)
+    return f"{name:<20}" + "".join(f"{short(x):>12}" for x in shown)
 
 
 @contextmanager
@@ -152,7 +146,8 @@ def _tree(node: ConfigNode, indent: str = "") -> list[str]:
     return [indent + " ".join(values), *lines] if values else lines
 
 
-def _short(x: float) -> str:
+def short(x: float) -> str:
+    """Three digits and a unit."""
     for size, unit in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if x >= size:
             return f"{x / size:.3g}{unit}"

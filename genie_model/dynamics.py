@@ -191,6 +191,11 @@ def nearest_to_mean(probs: Tensor, codebook_VL: Tensor) -> tuple[Tensor, Tensor]
         return codes, closeness - probs @ length_V
 
 
+def _positions_at_once(B: int, X: int, device_type: str) -> int:
+    """Of each clip's X."""
+    return max(_ROWS // B, 1) if device_type == "cpu" else -(-X // _PARTS)
+
+
 class _MaskedCrossEntropy(torch.autograd.Function):
     """The weighted cross-entropy of a linear layer's outputs, and their weighted accuracy.
 
@@ -204,7 +209,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """E = C * V outputs; each of the C groups of a position names one code."""
         B, X, _ = hidden_BXD.shape
-        rows = max(_ROWS // B, 1) if hidden_BXD.device.type == "cpu" else -(-X // _PARTS)
+        rows = _positions_at_once(B, X, hidden_BXD.device.type)
         loss, right = hidden_BXD.new_zeros((), dtype=torch.float32), hidden_BXD.new_zeros((), dtype=torch.float32)
         cast_ED, bias_E = weight_ED.to(hidden_BXD.dtype), bias_E.to(hidden_BXD.dtype)
         hidden_grad, weight_grad, bias_grad = [], torch.zeros_like(weight_ED), torch.zeros_like(weight_ED[:, 0])

@@ -10,8 +10,9 @@ attention is causal, so a finished frame's keys and values cannot change. A `Tem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -233,6 +234,8 @@ class STTransformer(nn.Module):
                     sublayers.append(TemporalAttention(config, window))
                 sublayers.append(FeedForward(config))
         self.sublayers = nn.ModuleList(sublayers)
+        self._block_ends = [i for i in range(1, len(sublayers)) if isinstance(sublayers[i - 1], FeedForward)]
+        self._block_ends.append(len(sublayers))
         # Behind the last keys and values, nothing that becomes past is computed.
         self._past_ends = max(
             (i + 1 for i, module in enumerate(sublayers) if isinstance(module, TemporalAttention)), default=0
@@ -266,13 +269,22 @@ class STTransformer(nn.Module):
         """The first `sublayers` of them, and no norm."""
         B, T = x_BTND.shape[:2]
         time = self.time(x_BTND.device, B, T, cache)
-        for i, sublayer in enumerate(islice(self.sublayers, sublayers)):
+        for start, end in pairwise([0, *self._block_ends]):
+            x_BTND = self.block(x_BTND, range(start, min(end, sublayers)), time, cache, commit)
+        if cache is not None and commit:
+            cache.positions, cache.next = [position + T for position in cache.positions], None
+        return x_BTND
+
+    def block(
+        self, x_BTND: Tensor, sublayers: Iterable[int], time: Time, cache: TemporalCache | None, commit: bool
+    ) -> Tensor:
+        """What `recompute` makes again as a whole."""
+        for i in sublayers:
+            sublayer = self.sublayers[i]
             if isinstance(sublayer, TemporalAttention):
                 x_BTND = x_BTND + sublayer(x_BTND, time, cache, i, commit)
             else:
                 x_BTND = x_BTND + sublayer(x_BTND)
-        if cache is not None and commit:
-            cache.positions, cache.next = [position + T for position in cache.positions], None
         return x_BTND
 
     def time(self, device: torch.device, B: int, T: int, cache: TemporalCache | None) -> Time:
@@ -305,8 +317,18 @@ class STTransformer(nn.Module):
 
 
 def sublayers(module: nn.Module) -> list[nn.Module]:
-    """The attentions and feed-forwards of its transformers: the units of sharding, recomputation and compilation."""
+    """The attentions and feed-forwards of its transformers: the units of sharding and compilation."""
     return [s for m in module.modules() if isinstance(m, STTransformer) for s in m.sublayers]
+
+
+def recompute(module: nn.Module, checkpoint: Callable[..., Tensor]) -> None:
+    """Its ST blocks run under this function, which keeps their inputs and computes them again in the backward pass.
+
+    Block by block and not sublayer by sublayer: a third of the inputs, which are most of what a deep model then keeps.
+    """
+    for part in module.modules():
+        if isinstance(part, STTransformer):
+            part.block = partial(checkpoint, part.block)  # type: ignore[method-assign]
 
 
 class PatchGrid:

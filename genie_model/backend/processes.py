@@ -19,7 +19,7 @@ from genie_model.backend import native, sharding
 from genie_model.chance import Chance
 from genie_model.config import ParallelConfig, StageConfig
 from genie_model.data.loader import Batch
-from genie_model.layers import sublayers
+from genie_model.layers import recompute, sublayers
 from genie_model.optim import Optimizers
 
 
@@ -57,11 +57,10 @@ class Native:
         if dist.is_initialized() and self._sizes != (1, 1, 1):
             sharding.check(module, stage, *self._sizes)
             sharding.shard(module, sharding.Mesh(*self._sizes).over(native.device().type), stage.precision)
-        for sublayer in sublayers(module):
-            if self.parallel.remat:
-                again = functools.partial(checkpoint, sublayer.forward, use_reentrant=False, preserve_rng_state=False)
-                sublayer.forward = again
-            if self.parallel.compile:
+        if self.parallel.remat:
+            recompute(module, functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+        if self.parallel.compile:
+            for sublayer in sublayers(module):
                 sublayer.compile()
         return Optimizers(module, stage.optimizer)
 

@@ -31,7 +31,7 @@ from genie_model.backend.sharding import check, cut
 from genie_model.chance import Chance
 from genie_model.config import ParallelConfig, StageConfig
 from genie_model.data.loader import Batch
-from genie_model.layers import sublayers
+from genie_model.layers import recompute
 from genie_model.optim import Optimizers
 
 _AXES = ("data", "fsdp", "tensor")
@@ -66,8 +66,7 @@ class XLA:
             )
         module.to(self._device).train()
         if self.parallel.remat:
-            for sublayer in sublayers(module):
-                sublayer.forward = functools.partial(checkpoint, sublayer.forward, preserve_rng_state=False)
+            recompute(module, functools.partial(checkpoint, preserve_rng_state=False))
         optimizers = Optimizers(module, stage.optimizer, traced=True)
         self.cut(module, optimizers)
         optimizers.start()

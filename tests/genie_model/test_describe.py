@@ -59,7 +59,6 @@ def test_describe_prints_the_tree_the_costs_and_the_paper(capsys: pytest.Capture
     [
         (["conrun"], "did you mean 'coinrun'"),
         (["coinrun", "--set", "lam.patchsize=3"], "did you mean 'lam.patch_size'"),
-        (["coinrun", "--devices", "0"], "--devices 0: at least 1"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
