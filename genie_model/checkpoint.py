@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from genie_model import files
+from genie_model import collectives, files
 from genie_model.backend import native
 from genie_model.backend.graphs import prepare_play
 from genie_model.config import Config
@@ -32,23 +31,32 @@ class Whole(Protocol):
 WEIGHTS, CONFIG, TRAINING = "model.safetensors", "config.json", "training.json"
 
 
-def save_model(uri: str, whole: Whole, part: nn.Module | None = None) -> None:
+def on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu()
+
+
+def save_model(
+    uri: str, whole: Whole, part: nn.Module | None = None, gather: Callable[[Tensor], Tensor] = on_host
+) -> None:
     """A folder with the weights, of one part alone if named, and the whole `config.json`.
 
     The config goes last: where it lies, the model is whole. Where several processes hold its parts, all of them call
-    this, and the first one writes.
+    this, with what makes one tensor of those (`Backend.whole`), and the first one writes.
     """
-    tensors = _gathered((part or whole).state_dict())
-    if _is_first():
+    first, tensors = collectives.place()[0] == 0, dict[str, Tensor]()
+    for name, tensor in (part or whole).state_dict().items():
+        gathered = gather(tensor)
+        if first:
+            tensors[name] = gathered.contiguous()
+    if first:
         files.write_atomic(f"{uri}/{WEIGHTS}", save_tensors(tensors))
         files.write_atomic(f"{uri}/{CONFIG}", whole.config.to_json().encode())
-    if dist.is_initialized():
-        dist.barrier()  # none looks for it before it is there
+    collectives.meet()  # none looks for it before it is there
 
 
 def save_training(uri: str, came_to: Mapping[str, float]) -> None:
     """What the training of the model there came to."""
-    if _is_first():
+    if collectives.place()[0] == 0:
         files.write_atomic(f"{uri}/{TRAINING}", json.dumps(came_to, indent=2).encode())
 
 
@@ -108,19 +116,3 @@ def load_weights(module: nn.Module, uri: str) -> None:
         raise ValueError(
             f"the weights at {uri} do not fit their config: {str(error).splitlines()[-1].strip()}"
         ) from None
-
-
-def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All of every tensor on the host, in the first process; nothing in the others, which help to gather the parts."""
-    from torch.distributed.tensor import DTensor  # takes a second, and who only loads models needs none of it
-
-    gathered = {}
-    for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if _is_first():
-            gathered[name] = whole.detach().cpu().contiguous()
-    return gathered
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

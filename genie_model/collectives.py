@@ -27,6 +27,17 @@ def shared_by(group: dist.ProcessGroup | None) -> Iterator[None]:
         _group = before
 
 
+def place() -> tuple[int, int]:
+    """(i, n): this is the i-th of all n processes that train together, whether they share the batch or a model."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def meet() -> None:
+    """Returns when all of them have called it."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def processes() -> int:
     """How many share the batch."""
     return 1 if _group is None else _group.size()

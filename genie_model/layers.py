@@ -312,7 +312,7 @@ class STTransformer(nn.Module):
         if seen_BTS is not None:
             bias_BTS = torch.zeros(seen_BTS.shape, device=device).masked_fill(~seen_BTS, float("-inf"))
         position_BT = past_B1 + steps_T
-        place_BT = position_BT[:, -self.window :] % self.window
+        place_BT = position_BT[:, max(T - self.window, 0) :] % self.window
         return Time(*rotary_angles(position_BT, self.config.head_dim), place_BT, bias_BTS, self.window)
 
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save as save_tensors
 
+from genie_model import collectives
 from genie_model.backend import native
 from genie_model.config import Config
 from genie_model.data.shards import compress, missing_shards, write_index, write_shard
@@ -32,16 +33,21 @@ def tokens_of(config: Config, store: VideoStore, tokenizer: VideoTokenizer, root
     weights = save_tensors({key: value.detach().cpu().contiguous() for key, value in tokenizer.state_dict().items()})
     asked = hashlib.sha256(weights + f"{config.tokenizer} {store.digest} {clip} {precision}".encode()).hexdigest()
     uri = f"{root_uri}/tokens/tokens-{asked[:12]}-{code_digest(_CODE)}"
-    missing = missing_shards(uri, store.num_shards)
+    missing, (index, count) = missing_shards(uri, store.num_shards), collectives.place()
+    collectives.meet()  # all have seen the same are missing
+    own = missing[index::count]
     tokenizer.to(native.device()).eval()
     frame_shape = (tokenizer.num_patches, config.tokenizer.codes_per_patch, 2)
-    with bar(desc="tokenize", unit="frame", total=sum(_frames(store, shard, clip) for shard in missing)) as progress:
-        for shard in missing:
+    with bar(desc="tokenize", unit="frame", total=sum(_frames(store, shard, clip) for shard in own)) as progress:
+        for shard in own:
             codes = _encode(store, shard, tokenizer, clip, precision)
             episodes = [compress(codes_TNC) for codes_TNC in codes]
             write_shard(uri, shard, episodes, frame_shape, truth={})
             progress.update(_frames(store, shard, clip))
-    write_index(uri, store.num_shards, {**store.meta, "source": "tokens", "frame_shape": list(frame_shape)})
+    collectives.meet()
+    if index == 0:
+        write_index(uri, store.num_shards, {**store.meta, "source": "tokens", "frame_shape": list(frame_shape)})
+    collectives.meet()
     summary("tokenize", f"{'made' if missing else 'reused'} {uri}")
     return VideoStore.open(uri)
 

@@ -134,13 +134,14 @@ def train_once(
 
     `loader` takes the part of every batch that is to be read: the how-manieth of how many.
     """
-    model_uri, state = f"{root_uri}/models/{name}", TrainingState(f"{root_uri}/training/{name}")
+    model_uri = f"{root_uri}/models/{name}"
     if checkpoint.is_model(model_uri):
         summary(step_name, f"reused {model_uri}: this very code trained it with this config on this data")
         return model_uri
-    if not state.latest_step() and (others := _by_other_code(name, root_uri)):
-        summary(step_name, f"trains anew, for the code has changed since {', '.join(others)}: kept where it is")
     with training(whole.config.parallel) as backend:
+        state = backend.state(f"{root_uri}/training/{name}")
+        if not state.latest_step() and (others := _by_other_code(name, root_uri)):
+            summary(step_name, f"trains anew, for the code has changed since {', '.join(others)}: kept where it is")
         done = fit(
             trained,
             stage,
@@ -153,7 +154,7 @@ def train_once(
         )
         came_to = done.final | {f"peak_memory_mb_{step_name.replace('-', '_')}": backend.peak_memory_mb()}
         checkpoint.save_training(model_uri, came_to)  # before what makes the model whole
-        checkpoint.save_model(model_uri, whole, trained)
+        checkpoint.save_model(model_uri, whole, trained, backend.whole)
         if backend.first:
             state.remove()
         summary(step_name, f"{done.text} -> {model_uri}")

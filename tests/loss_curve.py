@@ -2,6 +2,8 @@
 
     python loss_curve.py 'tokenizer a.b=c ...' 'world ...'
 
+With STATE=FOLDER checkpoints lie there, one every five steps, and with STOP=N the program ends before step N.
+
 A line of JSON for each case, from the first process: loss and gradient norm of every step, how many programs were
 compiled up to it, and the sum of every parameter at the end. Clips are made up; all else is the trainer's own.
 """
@@ -25,7 +27,6 @@ from genie_model.genie import Genie
 from genie_model.presets import get_preset
 from genie_model.progress import NoLog
 from genie_model.train import fit
-from genie_model.training_state import TrainingState
 
 STEPS, CLIPS = 20, 4
 SEEN = {*READINGS, "checkpoint_age_seconds"}  # of the run, and not of what it learns
@@ -66,22 +67,27 @@ def curve(part: str, *overrides: str) -> dict[str, Any]:
     genie = Genie(config)
     module = genie.tokenizer if part == "tokenizer" else genie
     genie.tokenizer.requires_grad_(part == "tokenizer")
-    stage = config.train_world.model_copy(update={"steps": STEPS, "log_every": 1, "checkpoint_every": STEPS})
+    stage = config.train_world.model_copy(update={"steps": STEPS, "log_every": 1, "checkpoint_every": 5})
     kept, compiles = Kept(), list[int]()
     with training(config.parallel) as backend, tempfile.TemporaryDirectory() as folder:
+
+        def on_step(step: int) -> None:
+            if step == int(os.environ.get("STOP", -1)):
+                raise SystemExit
+            compiles.append(backend.compile_count())
+
         fit(
             module,
             stage,
             MovingSquares(*backend.share),  # type: ignore[arg-type]
-            TrainingState(folder),
+            backend.state(os.environ.get("STATE", folder)),
             backend,
             desc=part,
             seed=0,
             log=kept,
-            on_step=lambda step: compiles.append(backend.compile_count()),
+            on_step=on_step,
         )
-        whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in module.state_dict().values()]
-        sums = [float(p.detach().cpu().double().abs().sum()) for p in whole]
+        sums = [float(backend.whole(p).double().abs().sum()) for p in module.state_dict().values()]
     return {
         "loss": [step["loss"] for step in kept.steps],
         "gradient_norm": [step["gradient_norm"] for step in kept.steps],

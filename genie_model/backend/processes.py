@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from genie_model import collectives
@@ -21,6 +22,7 @@ from genie_model.config import ParallelConfig, StageConfig
 from genie_model.data.loader import Batch
 from genie_model.layers import recompute, sublayers
 from genie_model.optim import Optimizers
+from genie_model.training_state import TrainingState
 
 
 class Native:
@@ -74,10 +76,15 @@ class Native:
     def autocast(self, precision: str) -> contextlib.AbstractContextManager[None]:
         return native.autocast(precision)
 
+    def state(self, uri: str) -> TrainingState:
+        return TrainingState(uri)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
     def clip(self, module: nn.Module, max_norm: float) -> Tensor:
         norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
-        whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return whole
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def end_step(self) -> None:
         pass

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from genie_model.chance import Chance
     from genie_model.data.loader import Batch
     from genie_model.optim import Optimizers
+    from genie_model.training_state import TrainingState
 
 
 class Backend(Protocol):
@@ -35,6 +36,12 @@ class Backend(Protocol):
 
     def autocast(self, precision: str) -> AbstractContextManager[None]:
         """bfloat16 matmuls under "bf16"; norms, softmax and losses keep float32 accumulation either way."""
+
+    def state(self, uri: str) -> TrainingState:
+        """The checkpoints there, of what `prepare` gave."""
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All of a prepared module's tensor, on the host."""
 
     def clip(self, module: nn.Module, max_norm: float) -> Tensor:
         """Scales the gradients down to that norm of them all; returns the norm they had."""

@@ -18,13 +18,17 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as metrics
 import torch_xla.distributed.spmd as spmd
+import torch_xla.distributed.xla_backend  # registers xla://
+import torch_xla.experimental.distributed_checkpoint as xc
 import torch_xla.runtime as runtime
 from torch import Tensor, nn
 from torch_xla._internal import tpu
+from torch_xla.experimental.distributed_checkpoint._helpers import _CpuShards, _sharded_cpu_state_dict
 from torch_xla.utils.checkpoint import checkpoint
 
 from genie_model.backend.sharding import check, cut
@@ -33,6 +37,7 @@ from genie_model.config import ParallelConfig, StageConfig
 from genie_model.data.loader import Batch
 from genie_model.layers import recompute
 from genie_model.optim import Optimizers
+from genie_model.training_state import State, TrainingState
 
 _AXES = ("data", "fsdp", "tensor")
 _BATCH = ("data", "fsdp")  # the axes that share the clips
@@ -51,6 +56,8 @@ class XLA:
         self._mesh = spmd.Mesh(np.arange(devices), self._sizes, _AXES)
         self._device = torch_xla.device()
         self.share, self.first = (runtime.process_index(), runtime.process_count()), runtime.process_index() == 0
+        if self.share[1] > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo", init_method="xla://")  # for checkpoints, and to stop after the same step
 
     def __enter__(self) -> XLA:
         return self
@@ -108,6 +115,15 @@ class XLA:
         )
         return context
 
+    def state(self, uri: str) -> TrainingState:
+        return _State(uri, self)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        copy = tensor.detach() * 1  # to all devices: of another host's part this one could read nothing
+        spmd.mark_sharding(copy, self._mesh, (None,) * copy.ndim)
+        torch_xla.sync(wait=True)
+        return copy.cpu()
+
     def clip(self, module: nn.Module, max_norm: float) -> Tensor:
         return nn.utils.clip_grad_norm_(module.parameters(), max_norm)
 
@@ -136,3 +152,28 @@ class XLA:
 
             return peak_memory_mb()
         return float(xm.get_memory_info(self._device)["peak_bytes_used"]) / 2**20
+
+
+class _State(TrainingState):
+    """Of tensors that XLA cuts: torch-xla's planners know their parts."""
+
+    def __init__(self, uri: str, backend: XLA) -> None:
+        planners = {"save_planner": xc.SPMDSavePlanner, "load_planner": xc.SPMDLoadPlanner}
+        super().__init__(uri, stage=_copy_to_host, **planners)
+        self._backend = backend
+
+    def restore(self, module: nn.Module, optimizers: Optimizers) -> int:
+        step = super().restore(module, optimizers)
+        if step:  # what was loaded is cut as what the first step starts from, or the second had another program
+            self._backend.cut(module, optimizers)
+            torch_xla.sync(wait=True)
+        return step
+
+
+def _copy_to_host(state: State) -> State:
+    """Each part once: of what several devices hold alike, DCP would take every copy for another's, and keep none."""
+    staged: State = _sharded_cpu_state_dict(state)
+    for parts in staged.values():
+        if isinstance(parts, _CpuShards):
+            parts.shards = [shard for shard in parts.shards if shard.replica_id == 0]
+    return staged

@@ -20,7 +20,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from genie_model import files
+from genie_model.backend.processes import Native
 from genie_model.checkpoint import save_model
+from genie_model.config import ParallelConfig
 from genie_model.genie import Genie
 from genie_model.optim import Optimizers
 from genie_model.presets import get_preset
@@ -223,7 +225,7 @@ def save_in_parts(rank: int, size: int, folder: Path) -> None:
     module, optimizers = trained(*genie(size))
     with TrainingState(str(folder / "training")) as state:
         state.save(3, module, optimizers)
-    save_model(str(folder / "model"), module)
+    save_model(str(folder / "model"), module, gather=Native(ParallelConfig()).whole)
     assert (folder / "model/config.json").exists()
 
 

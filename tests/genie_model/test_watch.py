@@ -6,7 +6,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +48,10 @@ class Kept(NoLog):
 class SlowLoader(ClipLoader):
     seconds: Mapping[int, float] = {}
 
-    def batch(self, step: int) -> Batch:
-        time.sleep(self.seconds.get(step, 0.0))
-        return super().batch(step)
+    def stream(self, *span: int) -> Iterator[tuple[int, Batch]]:
+        for step, batch in super().stream(*span):
+            time.sleep(self.seconds.get(step, 0.0))
+            yield step, batch
 
 
 class SlowState(TrainingState):
@@ -100,7 +101,7 @@ def watched(
 
 
 def test_a_wait_for_data_is_told_from_work(tiny_data_uri: str, tmp_path: Path) -> None:
-    slow, reading = dict.fromkeys(range(16), 0.2), 16  # of the last eight steps, whose batches are not made ahead
+    slow, reading = dict.fromkeys(range(16), 0.2), 16  # of the last eight steps
     loading = watched(tiny_data_uri, tmp_path, loading=slow, steps=16, log_every=8).values
     working = watched(tiny_data_uri, tmp_path, working=slow, steps=16, log_every=8).values
     assert loading["data_wait_share"][reading] > 0.5

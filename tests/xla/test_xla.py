@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,22 @@ def test_every_program_goes_into_the_cache(tmp_path: Path) -> None:
     """From where TPU takes it the next time; XLA's CPU only writes, and says so."""
     (only,) = curves([f"tokenizer parallel.backend=xla parallel.compilation_cache={tmp_path}"])
     assert len(list(tmp_path.iterdir())) >= only["compiles"][-1] == 2
+
+
+def test_what_four_devices_saved_any_others_carry_on(native: list[dict[str, Any]], tmp_path: Path) -> None:
+    shared = "world parallel.backend=xla parallel.fsdp=2 parallel.tensor=2"
+    varied = shared.replace("world", f"world {VARIED}")
+    assert curves([varied], 4, STATE=str(tmp_path / "four"), STOP="10") == []
+    for name, case, devices in (
+        ("same", varied, 4),
+        ("two", f"world {VARIED} parallel.backend=xla parallel.fsdp=2", 2),
+        ("one", f"world {VARIED} parallel.backend=xla", 1),
+        ("native", f"world {VARIED}", 1),
+    ):
+        shutil.copytree(tmp_path / "four", tmp_path / name)
+        (resumed,) = curves([case], devices, STATE=str(tmp_path / name))
+        assert len(resumed["loss"]) == 10
+        assert resumed["loss"] == pytest.approx(native[1]["loss"][10:], rel=5e-5), name
+        assert resumed["sums"] == pytest.approx(native[1]["sums"], rel=1e-4, abs=1e-4), name
+        _first, second, *later = resumed["compiles"]
+        assert set(later) == {second}, name
