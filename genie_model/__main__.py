@@ -1,42 +1,102 @@
-"""`python -m genie_model describe PRESET`: what a config amounts to, before anything is trained."""
+"""Genie by itself: what a config amounts to, and its stages, in as many processes as torchrun starts.
+
+python -m genie_model describe genie_11b --mesh fsdp=128,tensor=2
+torchrun --nproc-per-node 8 -m genie_model train-world coinrun --set parallel.fsdp=8 --data URI ...
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
+from genie_model.config import Config
 from genie_model.presets import get_preset, preset_names
+from genie_model.progress import speaks
+
+if TYPE_CHECKING:
+    from genie_model.tracking import StepRun
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 2 after one line for an unknown preset, field or axis, or a mesh that does not fit."""
-    parser = argparse.ArgumentParser(prog="python -m genie_model", description=__doc__)
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "describe", help="parameters, FLOPs and memory of a preset, beside what the paper reports"
+    """Returns the exit status: 2 after one line for what the user got wrong, as an unknown preset or missing data."""
+    args = _parser().parse_args(arguments)
+    try:
+        config = get_preset(args.preset).with_overrides(*args.set)
+        text = _describe(args, config) if args.command == "describe" else _run(args, config)
+    except ValueError as error:
+        print(f"genie_model: {error}", file=sys.stderr)
+        return 2
+    if speaks():
+        print(text, flush=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m genie_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command.add_argument("preset", help=f"one of {', '.join(preset_names())}")
-    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
-    command.add_argument(
+    commands = parser.add_subparsers(dest="command", required=True)
+    describe = commands.add_parser("describe", help="parameters, FLOPs and memory, beside what the paper reports")
+    describe.add_argument(
         "--mesh",
         metavar="data=N,fsdp=N,tensor=N",
         help="what a training step takes of each device of this mesh, instead",
     )
-    args = parser.parse_args(arguments)
-    try:
-        config = get_preset(args.preset).with_overrides(*args.set)
-        if args.mesh is None:
-            from genie_model.describe import describe
+    collect = commands.add_parser("collect", help="record CoinRun; prints the data set's URI last")
+    tokenizer = commands.add_parser("train-tokenizer", help="train the video tokenizer; prints its URI last")
+    world = commands.add_parser("train-world", help="co-train LAM and dynamics; prints the model's URI last")
+    for command in commands.choices.values():
+        command.add_argument("preset", help=f"one of {', '.join(preset_names())}")
+        command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
+    for command in (collect, tokenizer, world):
+        command.add_argument("--root", required=True, metavar="URI", help="where data sets, models and checkpoints lie")
+    for command in (tokenizer, world):
+        command.add_argument("--data", required=True, metavar="URI", help="a data set")
+        command.add_argument(
+            "--tracking-uri", default="", help="an MLflow server; default: $MLFLOW_TRACKING_URI, or none"
+        )
+        command.add_argument("--experiment", default="genie", help="there; default: genie")
+    world.add_argument("--tokenizer", required=True, metavar="URI", help="a trained tokenizer")
+    return parser
 
-            print(describe(config))
+
+def _describe(args: argparse.Namespace, config: Config) -> str:
+    if args.mesh is None:
+        from genie_model.describe import describe
+
+        return describe(config)
+    from genie_model.backend.sharding import Mesh
+    from genie_model.slices import report
+
+    return report(config, Mesh.parse(args.mesh))
+
+
+def _run(args: argparse.Namespace, config: Config) -> str:
+    """The URI of what the stage made."""
+    if args.command == "collect":
+        from genie_model.data.coinrun import collect
+
+        return collect(config, args.root)
+    from genie_model.train import train_tokenizer, train_world
+
+    with ExitStack() as stack:
+        run: StepRun | None = None
+        if speaks() and (args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
+            from genie_model.tracking import step
+
+            where = {"root_uri": args.root, "tracking_uri": args.tracking_uri, "experiment": args.experiment}
+            run = stack.enter_context(step(args.command, args.preset, args.set, **where))
+            run.dataset(args.data)
+        if args.command == "train-tokenizer":
+            made, uri = "tokenizer", train_tokenizer(config, args.data, args.root, run)
         else:
-            from genie_model.backend.sharding import Mesh
-            from genie_model.slices import report
-
-            print(report(config, Mesh.parse(args.mesh)))
-    except ValueError as error:
-        print(f"genie_model: {error}", file=sys.stderr)
-        return 2
-    return 0
+            made, uri = "world", train_world(config, args.data, args.tokenizer, args.root, run)
+        if run:
+            run.made(made, uri)
+    return uri
 
 
 if __name__ == "__main__":

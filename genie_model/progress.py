@@ -61,7 +61,7 @@ def bar(
 
 def _screen() -> TextIO:
     """The terminal that a local pipeline was started from (it relays its steps' output by whole lines), else stderr."""
-    terminal = os.environ.get(TERMINAL_VARIABLE) if _speaks() else os.devnull
+    terminal = os.environ.get(TERMINAL_VARIABLE) if speaks() else os.devnull
     return open(terminal, "w") if terminal else sys.stderr
 
 
@@ -80,10 +80,10 @@ class _Lines(tqdm):  # type: ignore[misc]
 
 def summary(step: str, text: str) -> None:
     """The one line that stays on the screen when a step is done."""
-    if _speaks():
+    if speaks():
         print(f"[{step}] {text}", flush=True)
 
 
-def _speaks() -> bool:
-    """Of processes that torchrun started, the first speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
+def speaks() -> bool:
+    """Of processes that torchrun started, or that run on a TPU slice's hosts, the first speaks for all."""
+    return os.environ.get("RANK", os.environ.get("TPU_WORKER_ID", "0")) == "0"

@@ -1,0 +1,77 @@
+"""`python -m genie_model`: its stages, alone and in two processes, and what it says of what is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from genie_model.__main__ import main
+from genie_model.checkpoint import load_model, load_tokenizer
+from genie_model.tracking import connect
+
+SHORT = ["--set", "train_tokenizer.steps=4", "--set", "train_tokenizer.optimizer.muon_lr=0"]
+SHORT += ["--set", "train_tokenizer.precision=fp32", "--set", "train_world.steps=2"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main([*arguments, *SHORT]) == 0
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_stages_one_by_one(tiny_data_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    where = ["tiny", "--data", tiny_data_uri, "--root", str(tmp_path)]
+    tokenizer_uri = printed(capsys, "train-tokenizer", *where)
+    model_uri = printed(capsys, "train-world", *where, "--tokenizer", tokenizer_uri, "--tracking-uri", store)
+    assert load_model(model_uri).config.train_world.steps == 2
+    client = connect(store)
+    (experiment,) = client.search_experiments(filter_string="name = 'genie'")
+    (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'train-world'")
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["loss"] > 0
+
+
+def test_two_processes_make_the_model_of_one(
+    tiny_data_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = printed(capsys, "train-tokenizer", "tiny", "--data", tiny_data_uri, "--root", str(tmp_path / "alone"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "genie_model", "train-tokenizer", "tiny", "--data", tiny_data_uri, "--root", str(tmp_path / "two")]
+    run = subprocess.run(
+        [*torchrun, *command, *SHORT, "--set", "parallel.fsdp=2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    (together,) = [line for line in run.stdout.splitlines() if line.startswith(str(tmp_path))]
+    assert Path(together).name == Path(alone).name  # how the work is shared decides nothing
+    one, two = (load_tokenizer(uri).state_dict() for uri in (alone, together))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train-tokenizer", "tinny", "--data", "x", "--root", "y"], "tiny"),
+        (["train-tokenizer", "tiny", "--data", "nowhere", "--root", "y"], "nowhere"),
+        (["collect", "tiny", "--root", "y", "--set", "data.train_level=1"], "train_levels"),
+        (["train-tokenizer", "tiny", "--data", "DATA", "--root", "y", "--set", "parallel.fsdp=2"], "there are 1"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    arguments: list[str], said: str, tiny_data_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"DATA": tiny_data_uri, "y": str(tmp_path)}
+    assert main([places.get(argument, argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("genie_model: ")
+    assert said in error
+    assert len(error.splitlines()) == 1
