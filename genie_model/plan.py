@@ -66,7 +66,8 @@ def plan(
     `passes` says which of the two are wanted, by whether blocks are computed again. On a CPU the dynamics' loss takes
     more and smaller parts of the logits. Raises ValueError for a mesh that does not divide the config (`Mesh.check`).
     """
-    mesh.check(config)
+    with torch.device("meta"):
+        mesh.check(Genie(cut(config)), config.train_world.batch_size)
     left_out, short, longer = dict[str, int](), dict[str, int](), dict[str, int]()
     for name, transformer in transformers(config):
         period = 2 * transformer.temporal_every  # layers that repeat

@@ -57,8 +57,9 @@ class Native:
     def prepare(self, module: nn.Module, stage: StageConfig) -> Optimizers:
         module.to(native.device()).train()
         if dist.is_initialized() and self._sizes != (1, 1, 1):
-            sharding.check(module, stage, *self._sizes)
-            sharding.shard(module, sharding.Mesh(*self._sizes).over(native.device().type), stage.precision)
+            mesh = sharding.Mesh(*self._sizes)
+            mesh.check(module, stage.batch_size)
+            sharding.shard(module, mesh.over(native.device().type), stage.precision)
         if self.parallel.remat:
             recompute(module, functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
         if self.parallel.compile:

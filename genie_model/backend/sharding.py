@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import Placement
 
-from genie_model.config import Config, StageConfig, TransformerConfig, _did_you_mean
+from genie_model.config import Config, TransformerConfig, _did_you_mean
 from genie_model.layers import STTransformer, sublayers
 
 # The dimension that `tensor` cuts, by the layer whose weight it is: outputs (0), or inputs (1). All others are whole.
@@ -36,15 +36,6 @@ def cut(name: str, parameter: Tensor) -> tuple[int | None, int | None]:
     layer = name.removesuffix(".weight").rpartition(".")[2]
     tensor = TENSOR_DIMENSION.get(layer) if ".sublayers." in name else None
     return (None if parameter.ndim < 2 else 1 if tensor == 0 else 0), tensor
-
-
-def check(module: nn.Module, stage: StageConfig, data: int, fsdp: int, tensor: int) -> None:
-    """Raises ValueError where the stage's clips, or the module's heads, cannot be shared evenly."""
-    if stage.batch_size % (data * fsdp):
-        raise ValueError(f"batch_size={stage.batch_size} must be a multiple of parallel.data * fsdp = {data * fsdp}")
-    for transformer in (m for m in module.modules() if isinstance(m, STTransformer)):
-        if transformer.config.num_heads % tensor or transformer.config.mlp_ratio * transformer.config.d_model % tensor:
-            raise ValueError(f"parallel.tensor={tensor} must divide num_heads={transformer.config.num_heads}")
 
 
 class Mesh(NamedTuple):
@@ -74,17 +65,16 @@ class Mesh(NamedTuple):
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self._asdict().items())
 
-    def check(self, config: Config) -> None:
-        """Raises ValueError, with what is allowed, where it does not divide the clips or the heads of train_world."""
-        batch, shares = config.train_world.batch_size, self.data * self.fsdp
-        if batch % shares:
-            allowed = _listed(divisors(batch))
-            raise ValueError(f"data*fsdp={shares} must divide train_world.batch_size={batch}: {allowed}")
-        widths = math.gcd(*(math.gcd(t.num_heads, t.mlp_ratio * t.d_model) for _, t in transformers(config)))
+    def check(self, module: nn.Module, batch_size: int) -> None:
+        """Raises ValueError, with what is allowed, where it does not divide the clips or the module's heads."""
+        shares = self.data * self.fsdp
+        if batch_size % shares:
+            raise ValueError(f"data*fsdp={shares} must divide batch_size={batch_size}: {_allowed(batch_size)}")
+        found = {name: m.config for name, m in module.named_modules() if isinstance(m, STTransformer)}
+        widths = math.gcd(*(math.gcd(t.num_heads, t.mlp_ratio * t.d_model) for t in found.values()))
         if widths % self.tensor:
-            heads = ", ".join(f"{name} {transformer.num_heads}" for name, transformer in transformers(config))
-            allowed = _listed(divisors(widths))
-            raise ValueError(f"tensor={self.tensor} must divide the heads of all transformers ({heads}): {allowed}")
+            heads = ", ".join(f"{name or 'it'} {transformer.num_heads}" for name, transformer in found.items())
+            raise ValueError(f"tensor={self.tensor} must divide the heads of all ({heads}): {_allowed(widths)}")
 
     def over(self, device_type: str) -> DeviceMesh:
         """Of this process's group, which has as many ranks."""
@@ -103,8 +93,8 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _listed(numbers: list[int]) -> str:
-    return "allowed are " + ", ".join(map(str, numbers))
+def _allowed(n: int) -> str:
+    return f"allowed are {', '.join(map(str, divisors(n)))}"
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, precision: str) -> None:

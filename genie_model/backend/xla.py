@@ -31,7 +31,7 @@ from torch_xla._internal import tpu
 from torch_xla.experimental.distributed_checkpoint._helpers import _CpuShards, _sharded_cpu_state_dict
 from torch_xla.utils.checkpoint import checkpoint
 
-from genie_model.backend.sharding import check, cut
+from genie_model.backend.sharding import Mesh, cut
 from genie_model.chance import Chance
 from genie_model.config import ParallelConfig, StageConfig
 from genie_model.data.loader import Batch
@@ -66,7 +66,7 @@ class XLA:
         torch_xla.sync(wait=True)
 
     def prepare(self, module: nn.Module, stage: StageConfig) -> Optimizers:
-        check(module, stage, *self._sizes)
+        Mesh(*self._sizes).check(module, stage.batch_size)
         if stage.optimizer.muon_lr:
             raise ValueError(
                 "optimizer.muon_lr: torch-xla hands Muon's products to the CPU; set it to 0 for backend=xla"

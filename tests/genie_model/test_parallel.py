@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from genie_model.backend.seam import training
-from genie_model.backend.sharding import check
+from genie_model.backend.sharding import Mesh
 from genie_model.genie import Genie
 from genie_model.presets import get_preset
 
@@ -57,9 +57,11 @@ def test_two_processes_train_as_one() -> None:
 
 def test_what_cannot_be_shared_evenly_is_refused() -> None:
     genie = Genie(CONFIG)
-    with pytest.raises(ValueError, match=r"batch_size=2 must be a multiple of parallel\.data \* fsdp = 3"):
-        check(genie, CONFIG.train_world, data=1, fsdp=3, tensor=1)
-    with pytest.raises(ValueError, match=r"parallel\.tensor=4 must divide num_heads=2"):
-        check(genie, CONFIG.train_world, data=1, fsdp=1, tensor=4)
+    with pytest.raises(ValueError, match=r"data\*fsdp=3 must divide batch_size=2: allowed are 1, 2"):
+        Mesh(fsdp=3).check(genie, batch_size=2)
+    with pytest.raises(
+        ValueError, match=r"tensor=4 must divide the heads of all .*dynamics\.transformer 2.*allowed are 1, 2"
+    ):
+        Mesh(tensor=4).check(genie, batch_size=2)
     with pytest.raises(ValueError, match="1 \\* 2 \\* 1 devices are asked for, and there are 1"):
         training(CONFIG.with_overrides("parallel.fsdp=2").parallel)

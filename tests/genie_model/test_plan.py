@@ -211,9 +211,9 @@ def test_the_report_names_what_a_device_takes_and_slices(capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("mesh", "why"),
     [
-        ("tensor=8", "tensor=8 must divide the heads of all transformers"),
+        ("tensor=8", "tensor=8 must divide the heads of all"),
         ("tensor=8", "dynamics.transformer 36): allowed are 1, 2, 4"),
-        ("data=2,fsdp=3", "data*fsdp=6 must divide train_world.batch_size=512: allowed are 1, 2, 4"),
+        ("data=2,fsdp=3", "data*fsdp=6 must divide batch_size=512: allowed are 1, 2, 4"),
         ("fdsp=2", "unknown mesh axis 'fdsp'; did you mean 'fsdp'?"),
         ("fsdp=0", "fsdp=N with N at least 1"),
         ("fsdp=2,fsdp=4", "fsdp once"),
