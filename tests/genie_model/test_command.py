@@ -24,7 +24,10 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out.splitlines()[-1]
 
 
-def test_the_stages_one_by_one(tiny_data_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stages_one_by_one(
+    tiny_data_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a database of its own has its artifacts in ./mlruns
     store = f"sqlite:///{tmp_path}/mlflow.db"
     where = ["tiny", "--data", tiny_data_uri, "--root", str(tmp_path)]
     tokenizer_uri = printed(capsys, "train-tokenizer", *where)
