@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 2 after one line for what the user got wrong, as an unknown preset or missing data."""
+    """Returns the exit status: after one line, 2 for what the user got wrong, as an unknown preset or missing data, and
+    1 for what may go well another time, as a store that does not answer or a full disk."""
     args = _parser().parse_args(arguments)
     try:
         config = get_preset(args.preset).with_overrides(*args.set)
         text = _describe(args, config) if args.command == "describe" else _run(args, config)
-    except ValueError as error:
-        print(f"genie_model: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError) as error:
+        print(f"genie_model: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
     if speaks():
         print(text, flush=True)
     return 0
@@ -79,7 +80,7 @@ def _run(args: argparse.Namespace, config: Config) -> str:
     if args.command == "collect":
         from genie_model.data.coinrun import collect
 
-        return collect(config, args.root)
+        return collect(config, args.root) if speaks() else ""  # two would rename each other's files
     from genie_model.train import train_tokenizer, train_world
 
     with ExitStack() as stack:

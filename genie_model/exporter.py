@@ -56,7 +56,7 @@ class Exporter:
             return
         try:
             self._server, _ = start_http_server(self.port, registry=self.registry)
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # the latter: with LOCAL_RANK it lies above all ports
             print(f"[{self.stage}] no metrics on port {self.port}: {error}", file=sys.stderr, flush=True)
             return
         self.address = f"http://127.0.0.1:{self._server.server_port}/metrics"

@@ -45,7 +45,7 @@ class Native:
 
     def _meet(self) -> None:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # set by torchrun, not by Kubeflow
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
             atexit.register(dist.destroy_process_group)  # not before: the processes meet once

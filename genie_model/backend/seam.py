@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
@@ -68,6 +69,8 @@ class Backend(Protocol):
 def training(parallel: ParallelConfig) -> AbstractContextManager[Backend]:
     """The backend that the config names, for as long as the context. Raises ValueError for devices it has not."""
     if parallel.backend == "xla":
+        if importlib.util.find_spec("torch_xla") is None:
+            raise ValueError("parallel.backend=xla needs torch-xla: pip install '.[tpu]'")
         from genie_model.backend.xla import XLA
 
         return XLA(parallel)

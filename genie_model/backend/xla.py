@@ -56,6 +56,8 @@ class XLA:
         self._mesh = spmd.Mesh(np.arange(devices), self._sizes, _AXES)
         self._device = torch_xla.device()
         self.share, self.first = (runtime.process_index(), runtime.process_count()), runtime.process_index() == 0
+        if int(os.environ.get("WORLD_SIZE", 1)) > self.share[1]:
+            raise ValueError("parallel.backend=xla: one process trains on all devices of a host, so without torchrun")
         if self.share[1] > 1 and not dist.is_initialized():
             dist.init_process_group("gloo", init_method="xla://")  # for checkpoints, and to stop after the same step
 

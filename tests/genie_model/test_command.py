@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -23,7 +24,10 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out.splitlines()[-1]
 
 
-def test_the_stages_one_by_one(tiny_data_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stages_one_by_one(
+    tiny_data_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a database of its own has its artifacts in ./mlruns
     store = f"sqlite:///{tmp_path}/mlflow.db"
     where = ["tiny", "--data", tiny_data_uri, "--root", str(tmp_path)]
     tokenizer_uri = printed(capsys, "train-tokenizer", *where)
@@ -75,3 +79,30 @@ def test_what_is_wrong_is_one_line(
     assert error.startswith("genie_model: ")
     assert said in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_store_that_fails_is_one_line(tiny_data_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 1: it may work another time."""
+    (tmp_path / "file").touch()
+    where = ["tiny", "--data", tiny_data_uri, "--root", str(tmp_path / "file")]
+    assert main(["train-tokenizer", *where, *SHORT]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("genie_model: ")]
+    assert "Not a directory" in line
+
+
+def test_of_several_processes_the_first_alone_collects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["collect", "tiny", "--root", str(tmp_path)]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_xla") is not None, reason="torch-xla is here")
+def test_xla_without_torch_xla_is_one_line(
+    tiny_data_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["tiny", "--data", tiny_data_uri, "--root", str(tmp_path)]
+    assert main(["train-tokenizer", *where, "--set", "parallel.backend=xla"]) == 2
+    assert capsys.readouterr().err == "genie_model: parallel.backend=xla needs torch-xla: pip install '.[tpu]'\n"
