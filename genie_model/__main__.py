@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace, config: Config) -> str:
             from genie_model.tracking import step
 
             where = {"root_uri": args.root, "tracking_uri": args.tracking_uri, "experiment": args.experiment}
-            run = stack.enter_context(step(args.command, args.preset, args.set, **where))
+            run = stack.enter_context(step(args.command, args.preset, args.set, **where, ends_pipeline=True))
             run.dataset(args.data)
         if args.command == "train-tokenizer":
             made, uri = "tokenizer", train_tokenizer(config, args.data, args.root, run)

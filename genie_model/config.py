@@ -355,8 +355,11 @@ class Config(ConfigNode):
         return dict(_leaves(self.model_dump(), ""))
 
     def digest(self, *parts: str) -> str:
-        """12 hex digits that change when any of the named top-level parts (default: all) changes."""
-        dump = self.model_dump(mode="json", include=set(parts) or None)
+        """12 hex digits that change when any of the named top-level parts changes.
+
+        By default all but `parallel`: on which devices a run goes on makes no other run of it.
+        """
+        dump = self.model_dump(mode="json", include=set(parts) or None, exclude=None if parts else {"parallel"})
         return hashlib.sha256(json.dumps(dump, sort_keys=True).encode()).hexdigest()[:12]
 
     def with_overrides(self, *assignments: str) -> Config:

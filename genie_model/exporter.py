@@ -73,6 +73,6 @@ def _port() -> int | None:
     text = os.environ.get(PORT_VARIABLE, "")
     if not text:
         return None
-    if not text.isdecimal() or int(text) > 65535:
+    if not (text.isascii() and text.isdecimal()) or int(text) > 65535:
         raise ValueError(f"{PORT_VARIABLE}={text} is no port: a number up to 65535, 0 for any that is free")
     return int(text) + int(os.environ.get("LOCAL_RANK", "0")) if int(text) else 0

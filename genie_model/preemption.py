@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 import torch
 import torch.distributed as dist
+
+_AT_ONCE = 2.0  # seconds
 
 
 class Preempted(SystemExit):
@@ -28,20 +31,24 @@ class Preempted(SystemExit):
 def preemption() -> Iterator[Callable[[], bool]]:
     """Gives what tells whether SIGTERM has come to any of the processes; all of them ask after the same steps.
 
-    The next SIGTERM does what it did before, and Ctrl-C always does. Outside the main thread signals are left alone.
+    A SIGTERM some seconds later does what it did before; at once it is the same one, which torchrun passes on to
+    processes that got it already. Ctrl-C always does what it did. Outside the main thread signals are left alone.
     """
-    asked = False
+    asked_at: float | None = None
     group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGTERM, before)
+        nonlocal asked_at
+        if asked_at is None:
+            asked_at = time.monotonic()
+        elif time.monotonic() - asked_at > _AT_ONCE:
+            signal.signal(signal.SIGTERM, before)
+            signal.raise_signal(signal.SIGTERM)
 
     def agreed() -> bool:
         if group is None:
-            return asked
-        anywhere = torch.tensor(asked, dtype=torch.int32)
+            return asked_at is not None
+        anywhere = torch.tensor(asked_at is not None, dtype=torch.int32)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=group)
         return bool(anywhere)
 

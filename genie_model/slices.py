@@ -92,7 +92,7 @@ def report(config: Config, mesh: Mesh) -> str:
         "Bytes. Recomputed: the backward pass makes an ST block's activations anew from what went into the block;",
         f"the peak is then in {again.moment}.",
         "",
-        f"{'TPUs':<14}{'mesh':<28}{'peak':>8}{'of HBM':>8}{'compute':>10}{'sends':>8}{'all steps':>12}",
+        f"{'TPUs':<14}{'mesh':<28}{'peak':>8}{'of HBM':>8}{'compute':>11}{'sends':>11}{'all steps':>16}",
     ]
     for tpu in TPUS:
         if mesh.devices in tpu.slices:
@@ -124,5 +124,5 @@ def _slice(config: Config, tpu: TPU, mesh: Mesh, cost: Cost) -> str:
     share = f"{cost.peak / tpu.memory:.0%}" + (", too much" if cost.peak > tpu.memory else "")
     return (
         f"{f'{mesh.devices} {tpu.name}':<14}{mesh!s:<28}{short(cost.peak):>8}{share:>8}"
-        f"{f'{compute:.3g} s':>10}{f'{sends:.2g} s':>8}{f'{days:.3g} days':>12}"
+        f"{f'{compute:.3g} s':>11}{f'{sends:.2g} s':>11}{f'{days:.3g} days':>16}"
     )

@@ -26,7 +26,7 @@ from genie_model.data.store import VideoStore
 from genie_model.genie import Genie
 from genie_model.optim import learning_rate_share
 from genie_model.preemption import Preempted, preemption
-from genie_model.progress import NoLog, RunLog, bar, summary
+from genie_model.progress import NoLog, RunLog, bar, speaks, summary
 from genie_model.source import code_digest
 from genie_model.tokens import tokens_of
 from genie_model.training_state import TrainingState
@@ -136,6 +136,8 @@ def train_once(
     """
     model_uri = f"{root_uri}/models/{name}"
     if checkpoint.is_model(model_uri):
+        if speaks():
+            files.remove_tree(f"{root_uri}/training/{name}")  # left by a kill right after the model was whole
         summary(step_name, f"reused {model_uri}: this very code trained it with this config on this data")
         return model_uri
     with training(whole.config.parallel) as backend:

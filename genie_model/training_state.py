@@ -7,13 +7,15 @@ other tensors, and any other number of processes reads them again. DCP's index i
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import pickle
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, cast
 
 import torch
@@ -33,6 +35,7 @@ from genie_model.optim import Optimizers
 
 State = dict[str, Any]  # model/<parameter or buffer> and optimizer/<parameter>|<key>, tensors or what stands for them
 
+_WAITS = (1.0, 4.0, 16.0)  # seconds before a write that failed is tried again
 _LATEST, _STEP, _MODEL, _OPTIMIZER = "latest.json", "step-", "model/", "optimizer/"
 # What reading half a file ends in, or the file of another model; a store that does not answer is none of these.
 _BROKEN = (FileNotFoundError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, LookupError, AttributeError)
@@ -76,18 +79,25 @@ class TrainingState:
     def save(self, step: int, module: nn.Module, optimizers: Optimizers) -> None:
         """Copies the state after `step` steps; a thread writes it. The one before it goes once this is whole.
 
-        First waits for the last save, and raises what that ended in.
+        First waits for the last save. What that ended in is raised once this one is on its way: `wait` tells of both.
         """
-        self.wait()
+        last, self._in_flight = self._in_flight, None
+        if last:
+            wait([last])
         staged = self._stage(_state(module, optimizers))
         self._in_flight = self._writer.submit(self._write, step, staged, self._group, time.monotonic())
+        if last:
+            self._raise(last)
 
     def wait(self) -> None:
         """Returns when no save is in flight. Raises what the last one ended in, OSError for a full disk."""
         in_flight, self._in_flight = self._in_flight, None
+        if in_flight:
+            self._raise(in_flight)
+
+    def _raise(self, ended: Future[None]) -> None:
         try:
-            if in_flight:
-                in_flight.result()
+            ended.result()
         except CheckpointException as error:
             cause = _cause(error)
             raise files.explained(cause, self.uri) if isinstance(cause, OSError) else cause from None
@@ -125,13 +135,22 @@ class TrainingState:
         return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def _write(self, step: int, staged: State, group: dist.ProcessGroup | None, taken_at: float) -> None:
-        save(
-            staged,
-            storage_writer=_Writer(self._folder(step), functools.partial(self._commit, step)),
-            planner=self._save_planner and self._save_planner(),
-            process_group=group,
-            no_dist=group is None,
-        )
+        """A store's error is waited out a few times. All processes learn of it, and try again together."""
+        for pause in (*_WAITS, None):
+            try:
+                save(
+                    staged,
+                    storage_writer=_Writer(self._folder(step), functools.partial(self._commit, step)),
+                    planner=self._save_planner and self._save_planner(),
+                    process_group=group,
+                    no_dist=group is None,
+                )
+                break
+            except CheckpointException as error:
+                if pause is None or _lasts(_cause(error)):
+                    raise
+                print(f"the checkpoint of step {step:,} is tried again: {_cause(error)!r}", file=sys.stderr, flush=True)
+            time.sleep(pause)
         self.saved_at = taken_at
 
     def _commit(self, step: int) -> None:
@@ -217,6 +236,12 @@ def _like(parameter: Tensor, saved: TensorStorageMetadata) -> Tensor:
     if saved.size == parameter.shape:
         return torch.empty_like(parameter, dtype=saved.properties.dtype, requires_grad=False)
     return torch.empty(saved.size, dtype=saved.properties.dtype)
+
+
+def _lasts(error: BaseException) -> bool:
+    """Whether to wait does not help: a path that is not there or not allowed, a full disk."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError)
 
 
 def _cause(error: BaseException) -> BaseException:

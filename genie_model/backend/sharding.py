@@ -53,7 +53,7 @@ class Mesh(NamedTuple):
             name, _, size = part.partition("=")
             if name not in Mesh._fields:
                 raise ValueError(f"unknown mesh axis {name!r}{_did_you_mean(name, [*Mesh._fields])}")
-            if not size.isdecimal() or int(size) < 1 or name in sizes:
+            if not (size.isascii() and size.isdecimal()) or int(size) < 1 or name in sizes:
                 raise ValueError(f"mesh {text!r}: {name} once, as {name}=N with N at least 1")
             sizes[name] = int(size)
         return Mesh(**sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from genie_model import files
+from genie_model import files, training_state
 from genie_model.backend.processes import Native
 from genie_model.checkpoint import save_model
 from genie_model.config import ParallelConfig
@@ -95,6 +96,31 @@ def test_an_error_in_the_thread_is_raised_at_the_next_save_or_at_the_end(tmp_pat
         state.save(2, module, optimizers)
     with pytest.raises(NotADirectoryError), state:
         state.save(3, module, optimizers)
+
+
+def test_a_store_s_error_is_waited_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training_state, "_WAITS", (0.01, 0.01))
+    state, sync, broken = TrainingState(str(tmp_path)), os.fsync, [1, 2]
+
+    def late(descriptor: int) -> None:
+        if broken:
+            raise OSError(errno.EIO, f"no answer {broken.pop()}")
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", late)
+    state.save(1, *layer(steps=1))
+    state.wait()
+    assert state.latest_step() == 1
+    assert capsys.readouterr().err.count("the checkpoint of step 1 is tried again: OSError(5, 'no answer") == 2
+
+    broken += [1, 2, 3]
+    state.save(2, *layer(steps=1))
+    with pytest.raises(OSError, match="no answer 1"):
+        state.save(3, *layer(steps=1))  # is written all the same
+    state.wait()
+    assert state.latest_step() == 3
 
 
 def test_a_full_disk_is_one_clear_line_and_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
