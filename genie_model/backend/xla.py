@@ -14,7 +14,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -35,12 +35,42 @@ from genie_model.backend.sharding import Mesh, cut
 from genie_model.chance import Chance
 from genie_model.config import ParallelConfig, StageConfig
 from genie_model.data.loader import Batch
-from genie_model.layers import recompute
+from genie_model.layers import STTransformer, recompute, sublayers
 from genie_model.optim import Optimizers
 from genie_model.training_state import State, TrainingState
 
 _AXES = ("data", "fsdp", "tensor")
 _BATCH = ("data", "fsdp")  # the axes that share the clips
+
+
+def _layer_norm(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """torch-xla makes one axis of all that are not normalised, and so clips and heads whole on every device."""
+    dims = tuple(range(-len(shape), 0))
+    centred = x.float() - x.float().mean(dims, keepdim=True)
+    y = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """torch-xla makes one axis of all but the last two, and so clips and heads whole on every device."""
+    if a.ndim < 3 or a.shape[:-2] != b.shape[:-2]:
+        product: Tensor = torch.ops.aten.matmul.default.decompose(a, b)
+        return product
+    batch = "abcdefg"[: a.ndim - 2]
+    return torch.einsum(f"{batch}xy,{batch}yz->{batch}xz", a, b)
+
+
+_ops = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # goes with the variable
+_ops.impl("layer_norm", _layer_norm, "AutogradXLA")  # type: ignore[no-untyped-call]
+_ops.impl("matmul", _matmul, "AutogradXLA")  # type: ignore[no-untyped-call]
 
 
 class XLA:
@@ -76,6 +106,7 @@ class XLA:
         module.to(self._device).train()
         if self.parallel.remat:
             recompute(module, functools.partial(checkpoint, preserve_rng_state=False))
+        self._share_clips(module)
         optimizers = Optimizers(module, stage.optimizer, traced=True)
         self.cut(module, optimizers)
         optimizers.start()
@@ -98,6 +129,22 @@ class XLA:
         for buffer in module.buffers():
             spmd.clear_sharding(buffer)
             spmd.mark_sharding(buffer, self._mesh, (None,) * buffer.ndim)
+
+    def _share_clips(self, module: nn.Module) -> None:
+        """Each device keeps to its own clips, and gathers parameters to them.
+
+        Untold, XLA takes the parameters' cut over `fsdp` for one of the activations' width: every device then has all
+        clips.
+        """
+
+        def mark(x_B: Tensor) -> Tensor:
+            spec = (_BATCH, *(None,) * (x_B.ndim - 1))
+            marked: Tensor = spmd.mark_sharding_with_gradients(x_B, self._mesh, spec)
+            return marked
+
+        for part in (*sublayers(module), *(m for m in module.modules() if isinstance(m, STTransformer))):
+            part.register_forward_pre_hook(lambda _, args: (mark(args[0]), *args[1:]))
+            part.register_forward_hook(lambda _, args, x: mark(x))
 
     def inputs(self, batch: Batch, chance: Chance) -> tuple[list[Tensor], Chance]:
         index, count = self.share

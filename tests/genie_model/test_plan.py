@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import plan_cut
 import pytest
 import torch
 import torch.distributed as dist
@@ -177,6 +178,11 @@ def test_a_cut_keeps_widths_and_is_a_step_of_the_plan_of_the_whole() -> None:
     for name in ("parameters", "gradients", "optimizer", "flops"):
         small, larger, full = (getattr(cost, name) for cost in (two, four, ten))
         assert full - small == 4 * (larger - small) > 0, name
+
+
+def test_the_plan_of_the_cut_that_runs_on_virtual_devices() -> None:
+    (cost,) = plan(plan_cut.CONFIG, plan_cut.MESH, [True])
+    assert {"parameters": cost.parameters, "optimizer": cost.optimizer} == plan_cut.PLANNED
 
 
 def test_states_halve_when_fsdp_doubles() -> None:
