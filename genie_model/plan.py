@@ -66,14 +66,14 @@ def plan(
     `passes` says which of the two are wanted, by whether blocks are computed again. On a CPU the dynamics' loss takes
     more and smaller parts of the logits. Raises ValueError for a mesh that does not divide the config (`Mesh.check`).
     """
-    with torch.device("meta"):
-        mesh.check(Genie(cut(config)), config.train_world.batch_size)
     left_out, short, longer = dict[str, int](), dict[str, int](), dict[str, int]()
     for name, transformer in transformers(config):
         period = 2 * transformer.temporal_every  # layers that repeat
         left_out[name] = max(transformer.num_layers // period - 2, 0)
         short[name] = transformer.num_layers - left_out[name] * period
         longer[name] = short[name] + period * (left_out[name] > 0)
+    with torch.device("meta"):
+        mesh.check(Genie(_with_layers(config, short)), config.train_world.batch_size)
     positions = dynamics._positions_at_once
     with (
         _pretended(mesh) as devices,
