@@ -91,9 +91,18 @@ def median_seconds(run: Callable[[], object], budget: float = 15.0) -> tuple[flo
     return statistics.median(seconds_of(run) for _ in range(repeats)), repeats
 
 
-def measure(config: str, what: str, run: Callable[[], object], frames: int, rows: int) -> Line:
+def measure(
+    config: str,
+    what: str,
+    run: Callable[[], object],
+    frames: int,
+    rows: int,
+    prepare: Callable[[], object] = lambda: None,
+) -> Line:
+    """`prepare` comes between counting FLOPs and timing: a graph's capture would count them twice, its replay never."""
     with FlopCounterMode(display=False) as counter:
         run()
+    prepare()
     before = matmul_rate(rows)
     seconds, repeats = median_seconds(run)
     flops = counter.get_total_flops()
@@ -154,10 +163,11 @@ def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]
         genie = model()
         sampling = config.sampling.model_copy(update={"maskgit_steps": steps})
         genie.config = config.model_copy(update={"sampling": sampling})
-        prepare_play(genie.to(native.device()).eval())
+        genie.to(native.device()).eval()
         prompt = torch.randint(0, 256, (1, clip, *config.frame_shape), dtype=torch.uint8)
         state, action = genie.start(prompt), torch.zeros(1, dtype=torch.long)
-        return measure(name, what, lambda: genie.step(state, action), 1, genie.tokenizer.num_patches)
+        rows, prepare = genie.tokenizer.num_patches, functools.partial(prepare_play, genie)
+        return measure(name, what, lambda: genie.step(state, action), 1, rows, prepare)
 
     tokenizer, world = config.train_tokenizer, config.train_world
     what = f"tokenizer training step, {tokenizer.batch_size} x {clip} frames"
