@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 import benchmarks.__main__
-from benchmarks import choices, long_session
+from benchmarks import choices, costs, long_session
 from benchmarks.__main__ import Line
 from benchmarks.choices import STUDIES, record, recorded, table
 from benchmarks.configs import CONFIGS
@@ -63,6 +63,19 @@ def test_what_is_wrong_is_said_in_a_line_before_anything_is_written(tmp_path, mo
         assert stopped.value.code == 2
         assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_cost_of_a_preset_is_its_flops_at_the_price_that_is_given(capsys):
+    costs.main(["tiny", "--share", "0.5", "--price", "v5p=3600"])
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    row = dict(zip((title.strip("| ") for title in table[0]), (cell.strip("| ") for cell in table[2]), strict=True))
+    assert row["preset"] == "`tiny`"
+    hours = float(row["v5p, chip-hours"])
+    assert 0 < hours < 1e-3
+    assert float(row["v5p, $"]) == pytest.approx(3600 * hours, rel=0.1)
+    for wrong in ("v5p", "v9=1", "v5p=dear"):
+        with pytest.raises(SystemExit):
+            costs.main(["tiny", "--price", wrong])
 
 
 def test_a_line_s_share_is_the_floor_s_part_of_the_time():
