@@ -28,7 +28,7 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -273,7 +273,7 @@ def _provenance(study: Mapping[str, str]) -> dict[str, str]:
     """Where a run's code came from: git commit, library versions, machine."""
     tags = dict[str, str]()
     for library in _LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        with suppress(importlib.metadata.PackageNotFoundError):
             tags[f"version.{library}"] = importlib.metadata.version(library)
     tags |= {"version.python": platform.python_version(), "mlflow.user": _user()}
     tags |= {"mlflow.source.name": f"pipelines/{study.get('name', 'coinrun')}.py", "mlflow.source.type": "PROJECT"}
