@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-xla check compile clean clean-all
+.PHONY: help setup demo test test-xla check compile images lock clean clean-all
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -34,7 +34,7 @@ test: setup  ## run the tests
 	@echo "[test-xla] installing torch-xla into .venv-xla (a few minutes the first time)"
 	rm -rf .venv-xla && $(PYTHON) -m venv .venv-xla
 	grep -v '^torch==' constraints.txt > .venv-xla/constraints.txt
-	PIP_CONSTRAINT=.venv-xla/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-xla/bin/python -m pip install $(PIP_ARGS) --editable '.[tpu,dev]' torch==2.9.0
+	PIP_CONSTRAINT=.venv-xla/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-xla/bin/python -m pip install $(PIP_ARGS) --editable '.[tpu,dev]'
 	@touch $@
 
 test-xla: .venv-xla/installed  ## run the tests of training on TPU, on virtual devices of the CPU
@@ -47,6 +47,15 @@ check: setup  ## format, lint and type-check
 
 compile: setup  ## write build/coinrun.yaml, the pipeline to upload in the Kubeflow UI
 	@$(BIN)/python -m pipelines compile coinrun $(ARGS)
+
+# make images REGISTRY=ghcr.io/example PUSH=1 IMAGES="serve collect" BASE=docker.io/library/python@sha256:...
+# PIP_CONFIG_FILE=... is the pip.conf of the build, ARGS="--arg TORCH_INDEX=" whatever else the Dockerfile takes.
+images: setup  ## build the container images; with REGISTRY=... PUSH=1 push them and pin their digests
+	@$(BIN)/python manifests/images/build.py $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(PUSH),--push) \
+		$(if $(BASE),--arg BASE=$(BASE)) $(if $(IMAGES),--images $(IMAGES)) $(ARGS)
+
+lock: setup  ## write the images' requirements anew, after pyproject.toml or constraints.txt changed
+	@$(BIN)/python manifests/images/lock.py
 
 clean:  ## remove what was built, but not what was collected and trained
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info

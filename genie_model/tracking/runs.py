@@ -28,7 +28,7 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,7 +57,7 @@ _EXPERIMENT_TAGS = {
     "`evaluate`, curves in `train-tokenizer` and `train-world`.",
 }
 _CONTEXTS = {"train": "training", "eval": "evaluation", "": "training"}
-_LIBRARIES = ("genie-platform", "torch", "numpy", "kfp", "mlflow", "procgen-mirror")
+_LIBRARIES = ("genie-platform", "torch", "numpy", "kfp", "mlflow-skinny", "procgen-mirror")  # those that are there
 
 
 def connect(tracking_uri: str = "") -> MlflowClient:
@@ -271,7 +271,10 @@ def _latest(client: MlflowClient, experiment_id: str, filter_string: str) -> Run
 
 def _provenance(study: Mapping[str, str]) -> dict[str, str]:
     """Where a run's code came from: git commit, library versions, machine."""
-    tags = {f"version.{library}": importlib.metadata.version(library) for library in _LIBRARIES}
+    tags = dict[str, str]()
+    for library in _LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            tags[f"version.{library}"] = importlib.metadata.version(library)
     tags |= {"version.python": platform.python_version(), "mlflow.user": _user()}
     tags |= {"mlflow.source.name": f"pipelines/{study.get('name', 'coinrun')}.py", "mlflow.source.type": "PROJECT"}
     if commit := _git_commit():
