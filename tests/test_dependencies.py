@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ("genie_model", "components", "pipelines", "serving", "benchmarks", "examples")
-OWN = {*LIBRARY, "tests"}
+OWN = {*LIBRARY, "manifests", "tests"}
 
 
 def imported(*rooms: str) -> set[str]:
@@ -34,7 +34,7 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize(("rooms", "extras"), [(LIBRARY, ("tpu",)), (("tests",), ("tpu", "dev"))])
+@pytest.mark.parametrize(("rooms", "extras"), [(LIBRARY, ("tpu",)), (("tests", "manifests"), ("tpu", "dev"))])
 def test_every_import_is_declared(rooms: tuple[str, ...], extras: tuple[str, ...]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
