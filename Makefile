@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-xla check compile images lock clean clean-all
+.PHONY: help setup demo test test-xla check compile images lock manifests clean clean-all
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -56,6 +56,16 @@ images: setup  ## build the container images; with REGISTRY=... PUSH=1 push them
 
 lock: setup  ## write the images' requirements anew, after pyproject.toml or constraints.txt changed
 	@$(BIN)/python manifests/images/lock.py
+
+# checkov brings ninety packages of its own versions: it has an environment to itself. Without it the rest is checked.
+build/checkov/installed:
+	@echo "[manifests] installing checkov into build/checkov (a minute, the first time)"
+	@mkdir -p build && $(PYTHON) -m venv build/checkov && \
+	  PIP_DISABLE_PIP_VERSION_CHECK=1 build/checkov/bin/python -m pip install -q $(PIP_ARGS) checkov==3.3.30 && touch $@ || \
+	  { rm -rf build/checkov; echo "[manifests] checkov cannot be installed here, see above" >&2; }
+
+manifests: setup build/checkov/installed  ## render manifests/overlays into build/manifests, and check them
+	@$(BIN)/python -m manifests.check --checkov build/checkov/bin/checkov
 
 clean:  ## remove what was built, but not what was collected and trained
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info

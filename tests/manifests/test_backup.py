@@ -41,7 +41,7 @@ class Postgres:
             "PGPASSWORD": "unused",
             "PGDATABASE": "mlflow",
         }
-        self.uri = f"postgresql://genie:unused@127.0.0.1:{self.port}/mlflow"
+        self.uri = f"postgresql+psycopg://genie:unused@127.0.0.1:{self.port}/mlflow"
         self._as = []
         if os.getuid() == 0:
             self._as = ["runuser", "-u", "postgres", "--"]
