@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OWN = {"genie_model", "components", "pipelines", "serving", "benchmarks", "examples", "tests"}
+OWN = {"genie_model", "components", "pipelines", "serving", "benchmarks", "examples", "manifests", "tests"}
 
 
 def imported(*rooms: str) -> set[str]:
