@@ -1,6 +1,6 @@
 # The platform's images: collect | train | train-tpu | serve | mlflow. `make images` builds them, and passes what is set
 # here by ARG:
-#   BASE               Debian with python3.11 and its venv. Pin it by digest: BASE=docker.io/library/python@sha256:...
+#   BASE               Debian 12 with python3.11 and its venv. Pin it by digest: BASE=docker.io/library/python@sha256:...
 #   TORCH_INDEX        a package index beside pip's own, with torch for CPU. Empty: pip's own alone, which for PyPI means
 #                      torch for CUDA (5 GB more), as a service on GPUs wants it.
 #   TRAIN_TORCH_INDEX  the same for train, which has CUDA unless this is set.
@@ -67,6 +67,12 @@ COPY manifests/images/requirements-mlflow.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install --no-deps -r requirements-mlflow.txt && pip check
 
+# Procgen draws on the CPU, but is linked against OpenGL: that library, without 200 MB of drivers for it.
+FROM builder AS collect-libraries
+RUN apt-get update && apt-get download libgl1 libglvnd0 libglx0 libx11-6 libxcb1 libxau6 libxdmcp6 libbsd0 libmd0 \
+        libglib2.0-0 libpcre2-8-0 \
+    && for package in *.deb; do dpkg --extract "$package" /opt/libraries; done
+
 FROM builder AS code
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY genie_model genie_model
@@ -88,6 +94,7 @@ LABEL org.opencontainers.image.source=$SOURCE org.opencontainers.image.licenses=
 
 FROM runtime AS collect
 COPY --from=torch /opt/torch /opt/torch
+COPY --from=collect-libraries /opt/libraries/usr/lib /usr/lib
 COPY --from=collect-packages /opt/venv /opt/venv
 COPY --from=code /opt/genie /opt/genie
 CMD ["python3", "-m", "genie_model", "--help"]

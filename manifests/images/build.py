@@ -82,7 +82,7 @@ def push(engine: str, image: str) -> str:
         asked = ["docker", "image", "inspect", "--format", "{{json .RepoDigests}}", image]
         digests = json.loads(subprocess.run(asked, check=True, capture_output=True, text=True).stdout)
         name = image.rpartition(":")[0]
-        return next(digest.partition("@")[2] for digest in digests if digest.startswith(f"{name}@"))
+        return str(next(digest.partition("@")[2] for digest in digests if digest.startswith(f"{name}@")))
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "digest")
         subprocess.run([engine, "push", "--digestfile", str(file), image], check=True)

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -69,8 +69,8 @@ def _text(lines: list[str]) -> str:
     return "# Made by `make lock`.\n" + "".join(f"{name}{version[name]}\n" for name in names)
 
 
-def _closure(requirements: Iterable[Requirement]) -> set[str]:
-    todo, seen = list(requirements), set[tuple[str, str]]()
+def _closure(requirements: Iterable[Requirement]) -> set[NormalizedName]:
+    todo, seen = list(requirements), set[tuple[NormalizedName, str]]()
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
