@@ -100,15 +100,15 @@ def quota(objects: Objects) -> Iterator[str]:
     """All that runs at most, the autoscaler's replicas and a rollout's one more, fits into the ResourceQuota."""
     needed: dict[str, Decimal] = {}
     for workload in objects.of("Deployment", "StatefulSet"):
-        replicas = _most_replicas(objects, workload)
+        count = _most_replicas(objects, workload)
         for container in workload["spec"]["template"]["spec"]["containers"]:
             for resource, value in _parsed(container["resources"]["requests"]).items():
-                needed[f"requests.{resource}"] = needed.get(f"requests.{resource}", Decimal()) + replicas * (
+                needed[f"requests.{resource}"] = needed.get(f"requests.{resource}", Decimal()) + count * (
                     value or Decimal()
                 )
         for claim in workload["spec"].get("volumeClaimTemplates", []):
             size = _parsed(claim["spec"]["resources"]["requests"])["storage"] or Decimal()
-            needed["requests.storage"] = needed.get("requests.storage", Decimal()) + replicas * size
+            needed["requests.storage"] = needed.get("requests.storage", Decimal()) + count * size
     for limit in objects.of("ResourceQuota"):
         hard = _parsed(limit["spec"]["hard"])
         for name, value in hard.items():
@@ -118,15 +118,25 @@ def quota(objects: Objects) -> Iterator[str]:
                 yield f"{name_of(limit)}: all replicas together ask for {needed[name]:f} {name}, over its {value:f}"
 
 
-def _most_replicas(objects: Objects, workload: Object) -> int:
+def _most_replicas(objects: Objects, workload: Object, surge: bool = True) -> int:
     kind, name = workload["kind"], workload["metadata"]["name"]
-    replicas: int = workload["spec"].get("replicas", 1)
+    count: int = workload["spec"].get("replicas", 1)
     for scaler in objects.of("HorizontalPodAutoscaler"):
         target = scaler["spec"]["scaleTargetRef"]
         if (target["kind"], target["name"]) == (kind, name):
-            replicas = scaler["spec"]["maxReplicas"]
-    surge = workload["spec"].get("strategy", {}).get("rollingUpdate", {}).get("maxSurge", 0)
-    return replicas + (surge if isinstance(surge, int) else 1)
+            count = scaler["spec"]["maxReplicas"]
+    more = workload["spec"].get("strategy", {}).get("rollingUpdate", {}).get("maxSurge", 0) if surge else 0
+    return count + (more if isinstance(more, int) else 1)
+
+
+def replicas(objects: Objects) -> Iterator[str]:
+    """Several pods of serving keep their sessions in one place: whom a balancer sends elsewhere has his world there."""
+    for workload in objects.of("Deployment"):
+        (container, *_) = workload["spec"]["template"]["spec"]["containers"]
+        if "genie-serve@" in container["image"] and _most_replicas(objects, workload, surge=False) > 1:
+            stores = [one.get("value", "") for one in container["env"] if one["name"] == "GENIE_SESSION_STORE"]
+            if not any(store.startswith(("redis://", "rediss://")) for store in stores):
+                yield f"{name_of(workload)}: several replicas need a Redis: components/redis-sessions"
 
 
 def secrets(objects: Objects) -> Iterator[str]:
@@ -192,4 +202,4 @@ def _parsed(quantities: Object) -> dict[str, Decimal | None]:
     return found
 
 
-RULES = (hardened, images, probes, quantities, quota, secrets, environment, mounts)
+RULES = (hardened, images, probes, quantities, quota, replicas, secrets, environment, mounts)

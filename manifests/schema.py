@@ -12,7 +12,7 @@ import kubernetes_validate
 
 from manifests.objects import FOLDER, Object, name_of
 
-# The oldest release that the manifests are for: preStop's sleep is on by default from it on, as are native sidecars.
+# The oldest release that the manifests are for. preStop's sleep needs 1.30.
 KUBERNETES = "1.31"
 SCHEMAS = FOLDER / "schemas"
 

@@ -101,9 +101,10 @@ BROKEN: list[tuple[Rule, str, Callable[[Object], object], str]] = [
         "than its limit",
     ),
     (pods.quantities, SERVING, lambda one: put(spec(one), "volumes", 0, "emptyDir", {}), "has no sizeLimit"),
-    (pods.quota, "HorizontalPodAutoscaler/genie-serving", lambda one: put(one, "spec", "maxReplicas", 5), "gpu"),
+    (pods.quota, "HorizontalPodAutoscaler/genie-serving", lambda one: put(one, "spec", "maxReplicas", 9), "gpu"),
     (pods.quota, "ResourceQuota/genie", lambda one: put(one, "spec", "hard", "requests.memory", "many"), "no quantity"),
     (pods.quota, "ResourceQuota/genie", lambda one: put(one, "spec", "hard", "requests.storage", "10Gi"), "storage"),
+    (pods.replicas, SERVING, lambda one: container(one)["env"].pop(), "need a Redis"),
     (pods.secrets, "ConfigMap/mlflow", lambda one: put(one, "kind", "Secret"), "never kept in git"),
     (pods.secrets, "ConfigMap/mlflow", lambda one: put(one, "data", "PASSWORD", "hunter2"), "PASSWORD looks like"),
     (

@@ -89,14 +89,6 @@ def test_serving_trusts_the_load_balancer_alone(rendered: Callable[[str], Object
 
 
 @pytest.mark.parametrize("overlay", overlays())
-def test_several_replicas_share_their_sessions(rendered: Callable[[str], Objects], overlay: str) -> None:
-    objects = rendered(overlay)
-    scaler = objects.get("HorizontalPodAutoscaler", "genie-serving")
-    assert scaler
-    assert scaler["spec"]["maxReplicas"] == 1 or objects.get("StatefulSet", "redis")
-
-
-@pytest.mark.parametrize("overlay", overlays())
 def test_pipelines_take_the_cluster_s_description(rendered: Callable[[str], Objects], overlay: str) -> None:
     """And the trainings on its slice fit into the quota, beside serving, and are the pods that policies mean."""
     placement, jobset = pytest.importorskip("pipelines.placement"), pytest.importorskip("genie_model.jobset")
