@@ -70,7 +70,7 @@ def _describe(args: argparse.Namespace, config: Config) -> str:
 
         return describe(config)
     from genie_model.backend.sharding import Mesh
-    from genie_model.slices import report
+    from genie_model.mesh_report import report
 
     return report(config, Mesh.parse(args.mesh))
 
