@@ -104,8 +104,8 @@ def _slice(config: Config, tpu: TPU, mesh: Mesh, cost: Cost) -> str:
     compute = cost.flops / (_EFFICIENCY * tpu.flops)
     sends = sum(cost.sent.values()) / tpu.sends
     days = max(compute, sends) * config.train_world.steps / 86_400
-    share = f"{cost.peak / tpu.memory:.0%}" + (", too much" if cost.peak > tpu.memory else "")
+    too_much = "  more than they hold" if cost.peak > tpu.memory else ""
     return (
-        f"{f'{mesh.devices} {tpu.name}':<14}{mesh!s:<28}{short(cost.peak):>8}{share:>8}"
-        f"{f'{compute:.3g} s':>11}{f'{sends:.2g} s':>11}{f'{days:.3g} days':>16}"
+        f"{f'{mesh.devices} {tpu.name}':<14}{mesh!s:<28}{short(cost.peak):>8}{cost.peak / tpu.memory:>8.0%}"
+        f"{f'{compute:.3g} s':>11}{f'{sends:.2g} s':>11}{f'{days:.3g} days':>16}{too_much}"
     )
