@@ -7,11 +7,13 @@ torchrun --nproc-per-node 8 -m genie_model train-world coinrun --set parallel.fs
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from genie_model import files
 from genie_model.config import Config
 from genie_model.presets import get_preset, preset_names
 from genie_model.progress import speaks
@@ -54,12 +56,21 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
     for command in (collect, tokenizer, world):
         command.add_argument("--root", required=True, metavar="URI", help="where data sets, models and checkpoints lie")
+        command.add_argument(
+            "--result",
+            default="",
+            metavar="URI",
+            help="also write what is printed last there, for a pipeline that goes on: its MLflow run stays open",
+        )
     for command in (tokenizer, world):
         command.add_argument("--data", required=True, metavar="URI", help="a data set")
         command.add_argument(
             "--tracking-uri", default="", help="an MLflow server; default: $MLFLOW_TRACKING_URI, or none"
         )
         command.add_argument("--experiment", default="genie", help="there; default: genie")
+        command.add_argument(
+            "--study", default={}, type=json.loads, metavar="JSON", help="where in a study the run belongs"
+        )
     world.add_argument("--tokenizer", required=True, metavar="URI", help="a trained tokenizer")
     return parser
 
@@ -70,13 +81,20 @@ def _describe(args: argparse.Namespace, config: Config) -> str:
 
         return describe(config)
     from genie_model.backend.sharding import Mesh
-    from genie_model.slices import report
+    from genie_model.mesh_report import report
 
     return report(config, Mesh.parse(args.mesh))
 
 
 def _run(args: argparse.Namespace, config: Config) -> str:
-    """The URI of what the stage made."""
+    """The URI of what the stage made, which is whole by then; the first process leaves it at --result."""
+    uri = _made(args, config)
+    if args.result and speaks():
+        files.write_atomic(args.result, uri.encode())
+    return uri
+
+
+def _made(args: argparse.Namespace, config: Config) -> str:
     if args.command == "collect":
         from genie_model.data.coinrun import collect
 
@@ -89,7 +107,8 @@ def _run(args: argparse.Namespace, config: Config) -> str:
             from genie_model.tracking import step
 
             where = {"root_uri": args.root, "tracking_uri": args.tracking_uri, "experiment": args.experiment}
-            run = stack.enter_context(step(args.command, args.preset, args.set, **where, ends_pipeline=True))
+            ends = {"study": args.study, "ends_pipeline": not args.result}
+            run = stack.enter_context(step(args.command, args.preset, args.set, **where, **ends))
             run.dataset(args.data)
         if args.command == "train-tokenizer":
             made, uri = "tokenizer", train_tokenizer(config, args.data, args.root, run)

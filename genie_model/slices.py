@@ -1,128 +1,83 @@
-"""The plan of a config on a mesh, in words and figures, and the smallest slices of TPUs that hold it."""
+"""Slices of TPUs as Google Kubernetes Engine sells them: the one place that knows chips, hosts and labels of each.
+
+From cloud.google.com/tpu/docs/{v5e,v5p,v6e} and cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
-from genie_model.backend.sharding import Mesh, divisors
-from genie_model.config import Config
-from genie_model.describe import short
-from genie_model.paper import PAPER_PRESETS
-from genie_model.plan import Cost, plan
-
-_EFFICIENCY = 0.4  # of the peak FLOPs, recomputation included
+RESOURCE = "google.com/tpu"  # chips that a container asks for
+NODE_POOL = "cloud.google.com/gke-nodepool"  # a slice of several hosts is a node pool of its own
+_SPOT = "cloud.google.com/gke-spot"
 
 
 class TPU(NamedTuple):
-    """A generation, as Google documents it (cloud.google.com/tpu/docs/v5p and /v6e)."""
+    """A generation."""
 
     name: str
-    slices: tuple[int, ...]  # chips
+    label: str  # GKE's name of it
+    topologies: tuple[str, ...]  # chips along each axis; of v5p GKE sells more, larger ones
+    one_host: int  # the most chips that one machine holds; of larger slices each holds 4
     memory: float  # bytes of HBM, of each chip
     flops: float  # a second, bfloat16
     sends: float  # bytes a second to other chips: half of the interconnect's figure, which counts both ways
 
-
-TPUS = (
-    TPU("v5p", (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096), 95e9, 459e12, 600e9),
-    TPU("v6e", (1, 4, 8, 16, 32, 64, 128, 256), 32e9, 918e12, 400e9),
-)
-
-
-def smallest(config: Config, tpu: TPU, costs: dict[Mesh, Cost]) -> Mesh | None:
-    """The mesh, of `fsdp` and `tensor`, on the fewest chips that hold a step; none where no slice does.
-
-    `costs` has meshes of each `tensor` that may be, best two, and gets what is traced here. Only what those rule out is
-    not traced.
-    """
-    for chips in tpu.slices:
-        for tensor in sorted({mesh.tensor for mesh in costs}):
-            mesh = Mesh(fsdp=chips // tensor, tensor=tensor)
-            if mesh.devices != chips or config.train_world.batch_size % mesh.fsdp:
-                continue
-            if mesh not in costs and _least_peak(mesh, costs) <= 1.01 * tpu.memory:
-                (costs[mesh],) = plan(config, mesh, [True])
-            if mesh in costs and costs[mesh].peak <= tpu.memory:
-                return mesh
-    return None
+    @property
+    def sizes(self) -> list[int]:
+        """Chips of each slice, rising."""
+        return [_chips(topology) for topology in self.topologies]
 
 
-def _least_peak(mesh: Mesh, costs: dict[Mesh, Cost]) -> float:
-    """No less is the peak of the mesh, as other meshes of its `tensor` tell, but for padding: a part in a thousand.
-
-    States shrink with `fsdp`. The rest is, of each moment of a step, so much and so much more for each clip; so of the
-    largest moment it lies above the line through two that are known, outside of these.
-    """
-    known = {1 / (m.data * m.fsdp): (m, cost) for m, cost in costs.items() if m.tensor == mesh.tensor}
-    few, many = min(known), max(known)
-    (one, cost), (_, other) = known[few], known[many]
-    rest, more = cost.peak - cost.states, other.peak - other.states
-    clips, states = 1 / mesh.fsdp, cost.states * one.fsdp / mesh.fsdp
-    if not few <= clips <= many and few < many:
-        return states + rest + (more - rest) * (clips - few) / (many - few)
-    return states
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+TPUS = {
+    "tpu-v5e": TPU("v5e", "tpu-v5-lite-podslice", _FLAT, 8, 16e9, 197e12, 200e9),
+    "tpu-v5p": TPU("v5p", "tpu-v5p-slice", _CUBES, 4, 95e9, 459e12, 600e9),
+    "tpu-v6e": TPU("v6e", "tpu-v6e-slice", _FLAT, 8, 32e9, 918e12, 400e9),
+}
 
 
-def report(config: Config, mesh: Mesh) -> str:
-    """What a step takes of each device of the mesh, and of TPUs. Raises ValueError as `plan` does."""
-    kept, again = plan(config, mesh)
-    costs, batch = {mesh: again}, config.train_world.batch_size
-    for tensor in {1, mesh.tensor}:
-        for fsdp in [n for n in divisors(batch) if n * tensor <= mesh.devices][-2:]:
-            known = Mesh(fsdp=fsdp, tensor=tensor)
-            if known not in costs:
-                (costs[known],) = plan(config, known, [True])
-    clips = batch // (mesh.data * mesh.fsdp)
-    lines = [
-        f"{config.name}, a step of train_world: {mesh.devices} devices, {mesh}; {clips} clips for each tensor group",
-        "",
-        f"{'of each device':<32}{'all kept':>12}{'recomputed':>12}",
-    ]
-    for title, name in (
-        ("parameters", "parameters"),
-        ("gradients", "gradients"),
-        ("optimizer's states", "optimizer"),
-        ("activations after the forward", "activations"),
-        ("peak", "peak"),
-        ("FLOPs", "flops"),
-    ):
-        lines.append(_row(title, getattr(kept, name), getattr(again, name)))
-    lines += ["sent to other devices", *(_row(f"  {kind}", kept.sent[kind], again.sent[kind]) for kind in again.sent)]
-    lines += [
-        "Bytes. Recomputed: the backward pass makes an ST block's activations anew from what went into the block;",
-        f"the peak is then in {again.moment}.",
-        "",
-        f"{'TPUs':<14}{'mesh':<28}{'peak':>8}{'of HBM':>8}{'compute':>11}{'sends':>11}{'all steps':>16}",
-    ]
-    for tpu in TPUS:
-        if mesh.devices in tpu.slices:
-            lines.append(_slice(config, tpu, mesh, again))
-        least = smallest(config, tpu, costs)
-        if least is None:
-            lines.append(
-                f"no slice of {tpu.name} holds it, with tensor={' or '.join(map(str, sorted({1, mesh.tensor})))}"
-            )
-        elif least != mesh:
-            lines.append(_slice(config, tpu, least, costs[least]) + "  the smallest")
-    lines += [
-        f"Estimates, and floors: of a step, at {_EFFICIENCY:.0%} of the chips' peak FLOPs and at the full rate of",
-        "their interconnect; of all steps, at the longer of the two.",
-    ]
-    if paper := PAPER_PRESETS.get(config.name):
-        lines += [f"the paper, {paper.tables}: {paper.reported}"]
-    return "\n".join(lines)
+class Slice(NamedTuple):
+    """What a job of this shape asks of the cluster: a pod on each of its hosts."""
+
+    tpu: TPU
+    topology: str
+
+    @property
+    def chips(self) -> int:
+        return _chips(self.topology)
+
+    @property
+    def chips_per_host(self) -> int:
+        """Of `google.com/tpu` for each pod."""
+        return self.chips if self.chips <= self.tpu.one_host else 4
+
+    @property
+    def hosts(self) -> int:
+        return self.chips // self.chips_per_host
+
+    def node_selector(self, spot: bool = False) -> dict[str, str]:
+        labels = {"cloud.google.com/gke-tpu-accelerator": self.tpu.label}
+        labels["cloud.google.com/gke-tpu-topology"] = self.topology
+        return labels | ({_SPOT: "true"} if spot else {})
+
+    def tolerations(self, spot: bool = False) -> list[dict[str, Any]]:
+        """TPU nodes, and Spot ones, keep away what does not ask for them."""
+        taint = {"key": RESOURCE, "operator": "Exists", "effect": "NoSchedule"}
+        return [taint, *([taint | {"key": _SPOT, "operator": "Equal", "value": "true"}] if spot else [])]
 
 
-def _row(title: str, *numbers: float) -> str:
-    return f"{title:<32}" + "".join(f"{short(number):>12}" for number in numbers)
+def slice_of(accelerator: str, topology: str) -> Slice:
+    """Raises ValueError that lists what there is."""
+    tpu = TPUS.get(accelerator)
+    if tpu is None:
+        raise ValueError(f"accelerator {accelerator!r} is no TPU: allowed are {', '.join(TPUS)}")
+    if topology not in tpu.topologies:
+        raise ValueError(f"topology {topology!r} is none of {accelerator}: allowed are {', '.join(tpu.topologies)}")
+    return Slice(tpu, topology)
 
 
-def _slice(config: Config, tpu: TPU, mesh: Mesh, cost: Cost) -> str:
-    compute = cost.flops / (_EFFICIENCY * tpu.flops)
-    sends = sum(cost.sent.values()) / tpu.sends
-    days = max(compute, sends) * config.train_world.steps / 86_400
-    share = f"{cost.peak / tpu.memory:.0%}" + (", too much" if cost.peak > tpu.memory else "")
-    return (
-        f"{f'{mesh.devices} {tpu.name}':<14}{mesh!s:<28}{short(cost.peak):>8}{share:>8}"
-        f"{f'{compute:.3g} s':>11}{f'{sends:.2g} s':>11}{f'{days:.3g} days':>16}"
-    )
+def _chips(topology: str) -> int:
+    return math.prod(map(int, topology.split("x")))

@@ -177,9 +177,9 @@ def step(
     `study` is {"name"} for a step of a study, and for one of its cells, as `studies.plan` made it, {"name", "run",
     "variant"}. Steps of another `pipeline` than coinrun have a run of their own, whatever else is equal.
 
-    An error of the user's (ValueError, OSError, MLflow's) leaves one line on stderr and exits with 1; its traceback
-    goes to the run as error.txt. Ctrl-C and SIGTERM mark the run KILLED and exit with 130, or as training that saved
-    itself says (`Preempted`).
+    An error of the user's (ValueError, OSError, MLflow's) leaves one line on stderr; its traceback goes to the run as
+    error.txt. It exits with 2 for what fails every time, a ValueError once the run is open, and else with 1. Ctrl-C and
+    SIGTERM mark the run KILLED and exit with 130, or as training that saved itself says (`Preempted`).
     """
     run: StepRun | None = None
     _interrupt_on_sigterm()
@@ -193,7 +193,7 @@ def step(
     except (ValueError, OSError, MlflowException) as error:
         print(f"[{name}] error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         _end_anyhow(run, name, "FAILED", traceback.format_exc())
-        raise SystemExit(1) from None
+        raise SystemExit(2 if run and isinstance(error, ValueError) else 1) from None
     except (KeyboardInterrupt, Preempted) as stopped:
         print(f"[{name}] stopped; run it again to carry on", file=sys.stderr, flush=True)
         _end_anyhow(run, name, "KILLED")

@@ -30,14 +30,19 @@ def test_the_stages_one_by_one(
     monkeypatch.chdir(tmp_path)  # a database of its own has its artifacts in ./mlruns
     store = f"sqlite:///{tmp_path}/mlflow.db"
     where = ["tiny", "--data", tiny_data_uri, "--root", str(tmp_path)]
-    tokenizer_uri = printed(capsys, "train-tokenizer", *where)
-    model_uri = printed(capsys, "train-world", *where, "--tokenizer", tokenizer_uri, "--tracking-uri", store)
+    tokenizer_uri = printed(capsys, "train-tokenizer", *where, "--result", str(tmp_path / "made" / "uri"))
+    assert (tmp_path / "made" / "uri").read_text() == tokenizer_uri
+    of_pipeline = ["--tracking-uri", store, "--result", str(tmp_path / "uri")]
+    model_uri = printed(capsys, "train-world", *where, "--tokenizer", tokenizer_uri, *of_pipeline)
     assert load_model(model_uri).config.train_world.steps == 2
     client = connect(store)
     (experiment,) = client.search_experiments(filter_string="name = 'genie'")
     (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'train-world'")
     assert run.info.status == "FINISHED"
     assert run.data.metrics["loss"] > 0
+    pipeline = client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert pipeline.info.status == "RUNNING", "whoever wanted the result goes on"
+    assert model_uri in pipeline.data.tags.values()
 
 
 def test_two_processes_make_the_model_of_one(
@@ -94,7 +99,7 @@ def test_of_several_processes_the_first_alone_collects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert main(["collect", "tiny", "--root", str(tmp_path)]) == 0
+    assert main(["collect", "tiny", "--root", str(tmp_path), "--result", str(tmp_path / "uri")]) == 0
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
 

@@ -25,10 +25,11 @@ from genie_model.config import Config
 from genie_model.genie import Genie
 from genie_model.layers import STTransformer, recompute
 from genie_model.ledger import Ledger, num_bytes
+from genie_model.mesh_report import _least_peak, smallest
 from genie_model.optim import Optimizers
 from genie_model.plan import cut, measured_step, plan
 from genie_model.presets import get_preset
-from genie_model.slices import TPU, _least_peak, smallest
+from genie_model.slices import TPU
 
 CONFIG = get_preset("tiny").with_overrides(
     "train_world.optimizer.muon_lr=0", "train_world.batch_size=4", "dynamics.transformer.num_layers=6"
@@ -203,9 +204,13 @@ def test_the_smallest_slice_that_holds_it() -> None:
     assert _least_peak(four[0], dict([one, two])) <= 1.01 * four[1].peak
     known = dict([one, four, (Mesh(tensor=2), one[1])])
     least = two[1].peak
-    assert smallest(shallow, TPU("roomy", (1, 2, 4), least, 1e12, 1e9), dict(known)) == Mesh(fsdp=2)
-    assert smallest(shallow, TPU("a byte short", (1, 2, 4), least - 1, 1e12, 1e9), dict(known)) == Mesh(fsdp=4)
-    assert smallest(shallow, TPU("small", (1, 2, 4), least / 10, 1e12, 1e9), dict(known)) is None
+
+    def tpu(name: str, memory: float) -> TPU:
+        return TPU(name, "", ("1x1", "1x2", "2x2"), 4, memory, 1e12, 1e9)
+
+    assert smallest(shallow, tpu("roomy", least), dict(known)) == Mesh(fsdp=2)
+    assert smallest(shallow, tpu("a byte short", least - 1), dict(known)) == Mesh(fsdp=4)
+    assert smallest(shallow, tpu("small", least / 10), dict(known)) is None
 
 
 def test_the_report_names_what_a_device_takes_and_slices(capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,7 +130,7 @@ def test_a_user_s_error_is_one_line(store: Path, capfd: pytest.CaptureFixture[st
 
     with pytest.raises(SystemExit) as ended:
         collect()
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     assert capfd.readouterr().err == "[collect] error: no data set at here: run collect\n"
     client = seen[0].client
     assert client.get_run(seen[0].run_id).info.status == "FAILED"

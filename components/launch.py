@@ -1,0 +1,29 @@
+"""Steps 2 and 3 on several hosts: a job of the cluster, which this step starts, follows and ends."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="genie-collect", install_kfp_package=False)
+def launch(
+    stage: str,
+    job: dict,
+    preset: str,
+    overrides: list,
+    root_uri: str,
+    tracking_uri: str,
+    experiment: str,
+    data_uri: str,
+    tokenizer_uri: str = "",
+    data_digest: str = "",
+    study: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
+) -> str:
+    """Trains `train-tokenizer` or `train-world` on every host of a TPU slice. Returns the URI of what was trained.
+
+    KFP's cache goes by `data_digest`: other data at the same URI is trained on anew.
+    """
+    from genie_model.launcher import Job
+    from genie_model.launcher import launch as launch_job
+
+    what = {"root_uri": root_uri, "data_uri": data_uri, "tokenizer_uri": tokenizer_uri}
+    where = {"tracking_uri": tracking_uri, "experiment": experiment, "study": study}  # its first host opens the run
+    return launch_job(Job.model_validate(job), stage, preset, overrides, **what, **where)
