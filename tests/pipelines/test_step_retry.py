@@ -34,6 +34,7 @@ def pod(folder: Path, data_uri: str) -> subprocess.Popen[str]:
     with (folder / "screen.txt").open("a") as screen:
         return subprocess.Popen(
             [*container["command"], *arguments],
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=screen,
             stderr=screen,
