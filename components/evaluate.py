@@ -3,7 +3,7 @@
 from kfp import dsl
 
 
-@dsl.component(base_image="genie-platform:0.1.0", install_kfp_package=False)
+@dsl.component(base_image="genie-collect", install_kfp_package=False)
 def evaluate(
     preset: str,
     overrides: list,
@@ -14,6 +14,8 @@ def evaluate(
     model_uri: str,
     metrics: dsl.Output[dsl.Metrics],
     pictures: dsl.Output[dsl.HTML],
+    confusion: dsl.Output[dsl.ClassificationMetrics],
+    data_digest: str = "",
     study: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
 ) -> dict:
     """Measures the model on levels it never saw. Returns the metrics; their 95% half widths end in _ci95."""
@@ -22,16 +24,19 @@ def evaluate(
     from pathlib import Path
 
     from genie_model.evaluate import evaluate as measure
+    from genie_model.metrics import DIRECTIONS
     from genie_model.report import html_page
     from genie_model.tracking import step
 
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
     with step("evaluate", preset, overrides, **where, ends_pipeline="variant" in study) as run:
-        run.dataset(data_uri)
+        run.dataset(data_uri, expected=data_digest)
         result = measure(run.config, model_uri, data_uri, run)
         measured = {name: float(value) for name, value in result.metrics.items() if isfinite(value)}
         run.result(measured)
         metrics.metadata.update(measured)
-        Path(metrics.path).write_text(dumps(measured))  # kfp.local caches no artifact without a file
+        confusion.log_confusion_matrix(list(DIRECTIONS), result.confusion.tolist())
+        for artifact in (metrics, confusion):  # kfp.local caches none without a file
+            Path(artifact.path).write_text(dumps(artifact.metadata))
         Path(pictures.path).write_text(html_page(f"{run.config.name} on held-out levels", measured, result.pictures))
     return measured

@@ -3,7 +3,7 @@
 from kfp import dsl
 
 
-@dsl.component(base_image="genie-platform:0.1.0", install_kfp_package=False)
+@dsl.component(base_image="genie-collect", install_kfp_package=False)
 def find_world(
     preset: str,
     overrides: list,

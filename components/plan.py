@@ -3,7 +3,7 @@
 from kfp import dsl
 
 
-@dsl.component(base_image="genie-platform:0.1.0", install_kfp_package=False)
+@dsl.component(base_image="genie-collect", install_kfp_package=False)
 def plan(
     preset: str,
     overrides: list,
@@ -15,6 +15,7 @@ def plan(
     variants: list,
     distinct: list,
     data_uri: str = "",
+    data_digest: str = "",
     model_uri: str = "",
 ) -> list:
     """Returns for each cell its overrides and where it belongs; one for each that differs in the `distinct` parts."""
@@ -23,5 +24,7 @@ def plan(
 
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
     with step("plan", preset, overrides, **where) as run:
-        cells = plan_cells(study["name"], preset, overrides, seeds, variants, distinct, data_uri, run, model_uri)
+        cells = plan_cells(
+            study["name"], preset, overrides, seeds, variants, distinct, data_uri, run, model_uri, data_digest
+        )
     return cells

@@ -3,15 +3,28 @@
 from kfp import dsl
 
 
-@dsl.component(base_image="genie-platform:0.1.0", install_kfp_package=False)
+@dsl.component(base_image="genie-collect", install_kfp_package=False)
 def promote(
-    preset: str, overrides: list, root_uri: str, tracking_uri: str, experiment: str, data_uri: str, version: str
+    preset: str,
+    overrides: list,
+    root_uri: str,
+    tracking_uri: str,
+    experiment: str,
+    version: str,
+    data_uri: str = "",
+    dry_run: bool = False,
+    pipeline: str = "coinrun",
 ) -> str:
-    """Makes the version the champion if it is no worse than the one that is served. Returns the decision in a line."""
+    """Makes the version the champion if it is no worse than the one that is served. Returns the decision in a line.
+
+    Without a `data_uri` the held-out levels of the config are collected, where they are not yet.
+    """
+    from genie_model.data.coinrun import collect
     from genie_model.tracking import promote as promote_version
     from genie_model.tracking import step
 
-    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment}
+    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "pipeline": pipeline}
     with step("promote", preset, overrides, **where, ends_pipeline=True) as run:
-        decision = promote_version(version, data_uri, run)
+        measured_on = data_uri or collect(run.config, root_uri, run, splits=("eval",))
+        decision = promote_version(version, measured_on, run, dry_run=dry_run)
     return decision.reason

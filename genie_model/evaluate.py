@@ -55,12 +55,21 @@ Findings = dict[str, Estimate | float]
 class Evaluation:
     """`metrics` by name, those with an interval over levels beside a `_ci95`; `pictures` are uint8 (H, W, 3).
 
-    `curves` are over t, the frames since the prompt: entry i of each is for t = i + 1.
+    `curves` are over t, the frames since the prompt: entry i of each is for t = i + 1. `confusion` counts (true, told)
+    how often latent actions told which of `metrics.DIRECTIONS`.
     """
 
     metrics: dict[str, float]
     curves: dict[str, list[float]]
     pictures: dict[str, Frames]
+    confusion: NDArray[np.int64]
+
+    def log_to(self, log: RunLog) -> None:
+        log.metrics(self.metrics)
+        for t, values in enumerate(zip(*self.curves.values(), strict=True), 1):
+            log.metrics({f"by_t/{name}": value for name, value in zip(self.curves, values, strict=True)}, t)
+        for name, picture_HWC in self.pictures.items():
+            log.image(name, picture_HWC)
 
 
 def evaluate(config: Config, model_uri: str, data_uri: str, log: RunLog = NoLog()) -> Evaluation:  # noqa: B008
@@ -75,11 +84,7 @@ def evaluate(config: Config, model_uri: str, data_uri: str, log: RunLog = NoLog(
     held_out = HeldOut.open(f"{data_uri}/eval")
     evaluation = measure(config, genie, held_out)
     save_start_frames(model_uri, data_uri, config)
-    log.metrics(evaluation.metrics)
-    for t, values in enumerate(zip(*evaluation.curves.values(), strict=True), 1):
-        log.metrics({f"by_t/{name}": value for name, value in zip(evaluation.curves, values, strict=True)}, t)
-    for name, picture_HWC in evaluation.pictures.items():
-        log.image(name, picture_HWC)
+    evaluation.log_to(log)
     summary("evaluate", _headline(config, evaluation.metrics))
     return evaluation
 
@@ -94,10 +99,10 @@ def measure(config: Config, genie: Genie, held_out: HeldOut) -> Evaluation:
     _measure_tokenizer(config, genie, frames_BTHWC, levels_B, found, drawn)
     _measure_rollouts(config, genie, frames_BTHWC, levels_B, features, found, curves, drawn)
     _measure_held_actions(config, genie, frames_BTHWC, levels_B, found)
-    _measure_latent_actions(config, genie, held_out, found, drawn)
+    confusion = _measure_latent_actions(config, genie, held_out, found, drawn)
     found["lam_mse_over_copy"] = _lam_mse_over_copy(genie, frames_BTHWC, levels_B)
     drawn["action_grid"] = _action_grid(config, genie, frames_BTHWC)
-    return Evaluation(metrics.flatten(found), curves, drawn)
+    return Evaluation(metrics.flatten(found), curves, drawn, confusion)
 
 
 def measure_play(config: Config, genie: Genie, held_out: HeldOut) -> dict[str, float]:
@@ -218,8 +223,8 @@ def _video_features(config: Config) -> list[VideoFeatures]:
 
 def _measure_latent_actions(
     config: Config, genie: Genie, held_out: HeldOut, found: Findings, drawn: dict[str, Frames]
-) -> None:
-    """What the latent actions of all held-out transitions tell of the true ones."""
+) -> NDArray[np.int64]:
+    """What the latent actions of all held-out transitions tell of the true ones; returns `Evaluation.confusion`."""
     length = config.data.clip_length
     windows = held_out.windows(length, stride=length - 1)  # each transition once
     frames_WTHWC = np.stack([episode.frames_THWC[start : start + length] for episode, start in windows])
@@ -241,6 +246,13 @@ def _measure_latent_actions(
     table_AC = metrics.contingency_table(latents_N, directions_N, config.num_actions, len(metrics.DIRECTIONS))
     rows = [f"action {a + 1} ({share:.0%} of all)" for a, share in enumerate(table_AC.sum(axis=1) / table_AC.sum())]
     drawn["actions_beside_truth"] = pictures.share_table(table_AC, rows, metrics.DIRECTIONS)
+    confusion_CC = metrics.direction_confusion(latents_N, directions_N, levels_N)
+    shares = [
+        f"{name} ({share:.0%} of all)"
+        for name, share in zip(metrics.DIRECTIONS, confusion_CC.sum(axis=1) / len(latents_N), strict=True)
+    ]
+    drawn["true_direction_beside_told"] = pictures.share_table(confusion_CC, shares, metrics.DIRECTIONS)
+    return confusion_CC
 
 
 def _change(place_T: NDArray[np.float64], start: int, length: int) -> NDArray[np.float64]:

@@ -213,6 +213,12 @@ def map_balanced_accuracy(latents_N: ArrayLike, truth_N: ArrayLike, levels_N: Ar
     return balanced_accuracy(truth_N, _cross_fitted_classes(latents_N, truth_N, levels_N, balanced=True), levels_N)
 
 
+def direction_confusion(latents_N: ArrayLike, directions_N: ArrayLike, levels_N: ArrayLike) -> Ints:
+    """Counts (true, told) of DIRECTIONS: what `map_balanced_accuracy` is the mean recall of."""
+    told_N = _cross_fitted_classes(latents_N, directions_N, levels_N, balanced=True)
+    return contingency_table(directions_N, told_N, len(DIRECTIONS), len(DIRECTIONS))
+
+
 def accuracy(truth_N: ArrayLike, predicted_N: ArrayLike, levels_N: ArrayLike) -> Estimate:
     return mean_over_levels(_ints(truth_N) == _ints(predicted_N), levels_N)
 

@@ -11,11 +11,10 @@ from components.report import report
 from components.train_policy import train_policy
 from components.train_tokenizer import train_tokenizer
 from components.train_world import train_world
-from pipelines.placement import LARGE, MEDIUM, SMALL, place
+from pipelines.placement import place, train
 from pipelines.study import of_cell
 
 
-@dsl.pipeline(name="genie-cloning", description="Figure 15: behavioural cloning from latent actions beside an oracle")
 def cloning(
     root_uri: str,
     preset: str = "coinrun",
@@ -52,28 +51,28 @@ def cloning(
     }
     study = {"name": "cloning"}
     with dsl.If(model_uri == "", name="no world yet"):
-        data = place(collect(**run, study=study), MEDIUM, "collect")
-        tokenizer = place(train_tokenizer(**run, study=study, data_uri=data.output), LARGE, "train tokenizer")
-        trained = train_world(**run, study=study, data_uri=data.output, tokenizer_uri=tokenizer.output)
-        made = place(trained, LARGE, "co-train LAM and dynamics")
+        seen = {**run, "study": study, **place(collect(**run, study=study), "medium", "collect", changes=True).outputs}
+        tokenizer = train(train_tokenizer, "train tokenizer", **seen)
+        made = train(train_world, "co-train LAM and dynamics", **seen, tokenizer_uri=tokenizer.output)
     with dsl.Else(name="a world is there"):
-        found = place(find_world(**run, study=study, model_uri=model_uri), SMALL, "find world")
+        found = place(find_world(**run, study=study, model_uri=model_uri), "small", "find world")
     world_uri = dsl.OneOf(made.output, found.output)
 
-    asked = run | {"study": study, "seeds": seeds, "variants": variants, "data_uri": "", "model_uri": world_uri}
-    modes = place(plan(**asked, distinct=["cloning"]), SMALL, "plan demonstrations")
+    no_data = {"data_uri": "", "data_digest": ""}
+    asked = run | no_data | {"study": study, "seeds": seeds, "variants": variants, "model_uri": world_uri}
+    modes = place(plan(**asked, distinct=["cloning"]), "small", "plan demonstrations", changes=True)
     with dsl.ParallelFor(modes.output, name="modes") as cell:
-        shown = place(demonstrate(**of_cell(cell, run)), MEDIUM, "record the expert")
-    cells = place(plan(**asked, distinct=[]).after(shown), SMALL, "plan cells")
+        shown = place(demonstrate(**of_cell(cell, run)), "medium", "record the expert")
+    cells = place(plan(**asked, distinct=[]).after(shown), "small", "plan cells", changes=True)
     cells.ignore_upstream_failure()
     with dsl.ParallelFor(cells.output, name="cells") as cell:
-        shown = place(demonstrate(**of_cell(cell, run)), MEDIUM, "record the expert")
+        shown = place(demonstrate(**of_cell(cell, run)), "medium", "record the expert")
         seen = of_cell(cell, run) | {"demonstrations_uri": shown.output}
-        oracle = place(train_policy(**seen), LARGE, "train the oracle")
-        latent = place(train_policy(**seen, model_uri=cell.model_uri), LARGE, "train from latent actions")
+        oracle = place(train_policy(**seen), "large", "train the oracle")
+        latent = place(train_policy(**seen, model_uri=cell.model_uri), "large", "train from latent actions")
         policies = {"latent_uri": latent.output, "oracle_uri": oracle.output, "model_uri": cell.model_uri}
-        played = place(evaluate_policies(**seen, **policies), LARGE, "play held-out levels")
-    told = place(report(**run, study=study).after(played), SMALL, "report")
+        played = place(evaluate_policies(**seen, **policies), "large", "play held-out levels")
+    told = place(report(**run, study=study).after(played), "small", "report")
     told.ignore_upstream_failure()
     told.set_caching_options(False)  # its arguments do not name the cells
     return told.outputs["Output"]

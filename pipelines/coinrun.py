@@ -1,19 +1,14 @@
 """From CoinRun video to a world that can be played: the pipeline of App. F's case study."""
 
-from kfp import dsl
-
 from components.collect import collect
 from components.evaluate import evaluate
 from components.promote import promote
 from components.register import register
 from components.train_tokenizer import train_tokenizer
 from components.train_world import train_world
-from pipelines.placement import LARGE, MEDIUM, SMALL, place
+from pipelines.placement import place, train
 
 
-@dsl.pipeline(
-    name="genie-coinrun", description="collect, train the tokenizer, co-train the world, evaluate, register, promote"
-)
 def coinrun(
     root_uri: str,
     preset: str = "coinrun",
@@ -37,15 +32,13 @@ def coinrun(
         "tracking_uri": tracking_uri,
         "experiment": experiment,
     }
-    data = place(collect(**run), MEDIUM, "collect")
-    tokenizer = place(train_tokenizer(**run, data_uri=data.output), LARGE, "train tokenizer")
-    world = place(
-        train_world(**run, data_uri=data.output, tokenizer_uri=tokenizer.output), LARGE, "co-train LAM and dynamics"
-    )
-    held_out = place(
-        evaluate(**run, data_uri=data.output, model_uri=world.output), MEDIUM, "evaluate on held-out levels"
-    )
-    measured = held_out.outputs["Output"]
-    version = place(register(**run, data_uri=data.output, model_uri=world.output, metrics=measured), SMALL, "register")
-    # MEDIUM: a champion that was measured on other levels is measured again.
-    return place(promote(**run, data_uri=data.output, version=version.output), MEDIUM, "promote").output
+    # The digest says what lies there now: what was made of other data is not taken from KFP's cache.
+    data = place(collect(**run), "medium", "collect", changes=True).outputs
+    tokenizer = train(train_tokenizer, "train tokenizer", **run, **data)
+    world = train(train_world, "co-train LAM and dynamics", **run, **data, tokenizer_uri=tokenizer.output)
+    held_out = place(evaluate(**run, **data, model_uri=world.output), "medium", "evaluate on held-out levels")
+    made = {"data_uri": data["data_uri"], "model_uri": world.output, "metrics": held_out.outputs["Output"]}
+    version = place(register(**run, **made), "small", "register", changes=True)
+    # medium: a champion that was measured on other levels is measured again
+    decided = promote(**run, data_uri=data["data_uri"], version=version.output)
+    return place(decided, "medium", "promote", changes=True).output

@@ -1,11 +1,8 @@
 """Table 2: does the latent action model see pixels or tokens?"""
 
-from kfp import dsl
-
 from pipelines.study import run_study
 
 
-@dsl.pipeline(name="genie-lam-inputs", description="Table 2: a LAM that sees pixels beside one that sees tokens")
 def lam_inputs(
     root_uri: str,
     preset: str = "coinrun",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib
 import io
 import logging
 import os
@@ -26,6 +25,7 @@ import psutil
 import genie_model
 from genie_model.config import Config
 from genie_model.progress import RUNNER_VARIABLE, TERMINAL_VARIABLE, summary
+from pipelines.catalog import STUDIES, pipeline_named
 
 _COLOR = re.compile(r"\x1b\[\d+m")
 _STARTED = re.compile(r"Executing task '(.+)'")
@@ -36,15 +36,6 @@ _OUTCOMES = {"SUCCESS": "done in", "FAILURE": "failed after"}
 _EXECUTOR = re.compile(
     r"\[KFP Executor |[{}\[\]],?$|\"|[\d.]+,?$|(true|false|null),?$|-{20}"
 )  # its log, its input as JSON
-
-
-STUDIES = ("lam_inputs", "tokenizers", "scaling", "cloning")
-PIPELINES = ("coinrun", *STUDIES)
-
-
-def pipeline_named(name: str) -> Any:
-    """What kfp compiles and runs."""
-    return getattr(importlib.import_module(f"pipelines.{name}"), name)
 
 
 class PipelineError(Exception):
@@ -67,7 +58,7 @@ def run_locally(
     """
     from kfp import local
 
-    pipeline, root_uri = _tried_once(pipeline_named(name)), arguments["root_uri"]
+    pipeline, root_uri = pipeline_named(name), arguments.get("root_uri", str(state))
     warnings.filterwarnings("ignore", module="kfp.*")  # that resources and images mean nothing here
     local.init(
         runner=local.SubprocessRunner(use_venv=False),
@@ -101,15 +92,6 @@ def run_locally(
         except KeyboardInterrupt:
             _end_steps()
             raise
-
-
-def _tried_once(pipeline: Any) -> Any:
-    """No machine is taken away here: who waits is told at once why a step failed, and an end is an end."""
-    spec = pipeline.pipeline_spec
-    for component in (spec.root, *spec.components.values()):
-        for task in component.dag.tasks.values():
-            task.ClearField("retry_policy")
-    return pipeline
 
 
 def _still_whole(config: Config, root_uri: str) -> bool:

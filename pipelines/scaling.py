@@ -1,11 +1,8 @@
 """Figure 9: what do size and batch size buy?"""
 
-from kfp import dsl
-
 from pipelines.study import run_study
 
 
-@dsl.pipeline(name="genie-scaling", description="Figure 9: training loss against model size, batch size and FLOPs")
 def scaling(
     root_uri: str,
     preset: str = "coinrun",

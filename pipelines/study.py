@@ -12,9 +12,10 @@ from components.plan import plan
 from components.report import report
 from components.train_tokenizer import train_tokenizer
 from components.train_world import train_world
-from pipelines.placement import LARGE, MEDIUM, SMALL, place
+from pipelines.placement import place, train
 
 _TOKENIZER = ["data", "tokenizer", "train_tokenizer", "seed"]  # what decides one
+_DATA = ("data_uri", "data_digest")
 
 
 def run_study(name: str, run: dict[str, Any], seeds: Any, variants: Any) -> Any:
@@ -24,22 +25,20 @@ def run_study(name: str, run: dict[str, Any], seeds: Any, variants: Any) -> Any:
     no two of them train it at once. A cell that fails fails alone; the others and the report go on.
     """
     study = {"name": name}
-    data = place(collect(**run, study=study), MEDIUM, "collect")
-    asked = run | {"study": study, "seeds": seeds, "variants": variants, "data_uri": data.output, "model_uri": ""}
-    tokenizers = place(plan(**asked, distinct=_TOKENIZER), SMALL, "plan tokenizers")
+    data = place(collect(**run, study=study), "medium", "collect", changes=True).outputs
+    asked = run | data | {"study": study, "seeds": seeds, "variants": variants, "model_uri": ""}
+    tokenizers = place(plan(**asked, distinct=_TOKENIZER), "small", "plan tokenizers", changes=True)
     with dsl.ParallelFor(tokenizers.output, name="tokenizers") as cell:
-        tokenizer = place(train_tokenizer(**of_cell(cell, run, "data_uri")), LARGE, "train tokenizer")
-    cells = place(plan(**asked, distinct=[]).after(tokenizer), SMALL, "plan cells")
+        tokenizer = train(train_tokenizer, "train tokenizer", **of_cell(cell, run, *_DATA))
+    cells = place(plan(**asked, distinct=[]).after(tokenizer), "small", "plan cells", changes=True)
     cells.ignore_upstream_failure()
     with dsl.ParallelFor(cells.output, name="cells") as cell:
-        of_this = train_tokenizer(**of_cell(cell, run, "data_uri"), only_find=True)  # cells that share it run at once
-        tokenizer = place(of_this, SMALL, "find tokenizer")
-        trained = train_world(**of_cell(cell, run, "data_uri"), tokenizer_uri=tokenizer.output)
-        world = place(trained, LARGE, "co-train LAM and dynamics")
-        measured = place(
-            evaluate(**of_cell(cell, run, "data_uri"), model_uri=world.output), MEDIUM, "evaluate on held-out levels"
-        )
-    made = place(report(**run, study=study).after(measured), SMALL, "report")
+        of_this = of_cell(cell, run, *_DATA)
+        found = train_tokenizer(**of_this, only_find=True)  # cells that share it run at once
+        tokenizer = place(found, "small", "find tokenizer")
+        world = train(train_world, "co-train LAM and dynamics", **of_this, tokenizer_uri=tokenizer.output)
+        measured = place(evaluate(**of_this, model_uri=world.output), "medium", "evaluate on held-out levels")
+    made = place(report(**run, study=study).after(measured), "small", "report")
     made.ignore_upstream_failure()
     made.set_caching_options(False)  # its arguments do not name the cells
     return made.outputs["Output"]

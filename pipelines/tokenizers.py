@@ -1,11 +1,8 @@
 """Table 3: which tokenizer serves the world best?"""
 
-from kfp import dsl
-
 from pipelines.study import run_study
 
 
-@dsl.pipeline(name="genie-tokenizers", description="Table 3: vit, c_vivit and st_vivit tokenizers of one size")
 def tokenizers(
     root_uri: str,
     preset: str = "coinrun",

@@ -22,7 +22,7 @@ OWNERS = {
     "procgen": ("genie_model/data/coinrun.py",),
     "gymnasium": ("genie_model/env.py",),
     "genie_model.data.truth": ("genie_model/data/held_out.py", "genie_model/cloning.py"),
-    "genie_model.data.held_out": ("genie_model/evaluate.py", "genie_model/tracking/registry.py"),
+    "genie_model.data.held_out": ("genie_model/evaluate.py", "genie_model/tracking/promotion.py"),
 }
 
 

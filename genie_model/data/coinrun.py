@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import os
 import struct
@@ -53,8 +54,13 @@ _AGENT_KIND = 0
 _AGENT = ("agent_x", "agent_y", "agent_vx", "agent_vy")
 
 
-def collect(config: Config, root_uri: str, log: RunLog = NoLog()) -> str:  # noqa: B008
-    """Records both splits of `config.data` and returns the data set's URI, <root_uri>/datasets/coinrun-<digest>.
+def collect(
+    config: Config,
+    root_uri: str,
+    log: RunLog = NoLog(),  # noqa: B008
+    splits: Sequence[Split] = SPLITS,
+) -> str:
+    """Records these splits of `config.data` and returns the data set's URI, <root_uri>/datasets/coinrun-<digest>.
 
     The splits are the stores <uri>/train and <uri>/eval. Whole shards are reused and only missing or truncated ones are
     made, to the same bytes whatever was interrupted before. Raises ValueError when the config asks for what Procgen
@@ -65,9 +71,18 @@ def collect(config: Config, root_uri: str, log: RunLog = NoLog()) -> str:  # noq
         raise ValueError(f"Procgen renders 64 x 64 pixels, not {asked}: set data.frame_height=64, data.frame_width=64")
     uri = f"{root_uri.rstrip('/')}/datasets/coinrun-{config.digest('data')}"
     log.params({"data_uri": uri})
-    for split in SPLITS:
+    for split in splits:
         _collect_split(config, split, uri, log)
     return uri
+
+
+def of_today(config: Config) -> Config:
+    """The config with held-out levels of this day's own (UTC), far from those that versions are registered with."""
+    data = config.data
+    first = (
+        data.eval_first_level + 1_000_000 + datetime.datetime.now(datetime.UTC).date().toordinal() * data.eval_levels
+    )
+    return config.with_overrides(f"data.eval_first_level={first}")
 
 
 def collect_shard(config: Config, split: Split, shard: int, uri: str) -> None:

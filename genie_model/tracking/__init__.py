@@ -5,26 +5,20 @@ import os
 
 from mlflow.exceptions import MlflowException as TrackingError
 
-from genie_model.tracking.registry import (
-    Decision,
-    ModelVersion,
-    champion,
-    decide,
-    numbered,
-    promote,
-    register,
-    versions,
-)
+from genie_model.tracking.promotion import Check, Decision, check_champion, decide, promote, rollback
+from genie_model.tracking.registry import ModelVersion, champion, numbered, register, versions
 from genie_model.tracking.runs import StepRun, connect, step
 from genie_model.tracking.studies import Reported, newest_study, plan, record_report, report
 
 __all__ = [
+    "Check",
     "Decision",
     "ModelVersion",
     "Reported",
     "StepRun",
     "TrackingError",
     "champion",
+    "check_champion",
     "connect",
     "decide",
     "newest_study",
@@ -34,6 +28,7 @@ __all__ = [
     "record_report",
     "register",
     "report",
+    "rollback",
     "step",
     "versions",
 ]

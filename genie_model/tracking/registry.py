@@ -1,4 +1,4 @@
-"""The model registry: versions of "genie", and the alias that says which one is served."""
+"""The model registry: versions of "genie"; the alias `champion` says which one is served."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import io
-import math
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -24,20 +23,19 @@ from mlflow.models import ModelSignature
 from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
 from genie_model import files
-from genie_model.checkpoint import load_model
 from genie_model.config import Config
-from genie_model.data.held_out import HeldOut
-from genie_model.evaluate import measure, measured_on
+from genie_model.evaluate import measured_on
 from genie_model.progress import summary
 from genie_model.tracking.runs import StepRun, connect
 
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _FOLDER = "genie"  # the model folder's name inside a version's artifacts
-_MEASURED_ON = "measured_on"  # the tag of a version that says what its metrics stand for
+MEASURED_ON = "measured_on"  # the tag of a version that says what its metrics stand for
 _REQUIREMENTS = ("torch", "numpy", "einops", "safetensors", "fsspec", "pydantic")
 _DESCRIPTION = (
     "A world learned from video alone, played with latent actions. The version with the alias **champion** is the one "
-    "that is served: the promote step moves the alias, and moving it by hand on this page does the same."
+    "that is served: the promote step moves the alias, and moving it by hand on this page does the same. **previous** "
+    "is the champion before; `python -m pipelines rollback` puts it back."
 )
 
 
@@ -55,15 +53,6 @@ class UnknownVersionError(ValueError, LookupError):
     """There is no such version; where MLflow cannot be asked, or a version not be had, a plain ValueError says so."""
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What became of a candidate, and why in one line."""
-
-    version: str
-    promoted: bool
-    reason: str
-
-
 def register(model_uri: str, metrics: Mapping[str, float], data_uri: str, run: StepRun, name: str = "genie") -> str:
     """Makes the folder at `model_uri` a version of the registered model `name`; returns the version's number.
 
@@ -79,8 +68,8 @@ def register(model_uri: str, metrics: Mapping[str, float], data_uri: str, run: S
         _set_sampling(folder, run.config)
         digest = _digest(folder)
         if known := _version_with(client, name, digest):
-            mlflow.log_metrics(dict(metrics), run_id=run.parent_id, model_id=_model_id(known))
-            client.set_model_version_tag(name, known.version, _MEASURED_ON, measured)
+            mlflow.log_metrics(dict(metrics), run_id=run.parent_id, model_id=logged_model(known))
+            client.set_model_version_tag(name, known.version, MEASURED_ON, measured)
             summary("register", f"{name} version {known.version} is this model already")
             return str(known.version)
         with mlflow.start_run(run_id=run.parent_id), warnings.catch_warnings():
@@ -94,82 +83,12 @@ def register(model_uri: str, metrics: Mapping[str, float], data_uri: str, run: S
             )
             mlflow.log_metrics(dict(metrics), model_id=logged.model_id)
             _ensure_registered(client, name)
-            tags = {"model_digest": digest, "preset": run.config.name, "trained_at": model_uri, _MEASURED_ON: measured}
+            tags = {"model_digest": digest, "preset": run.config.name, "trained_at": model_uri, MEASURED_ON: measured}
             with contextlib.redirect_stderr(io.StringIO()):  # it tells what the summary below tells
                 version = mlflow.register_model(logged.model_uri, name, tags=tags)
         client.update_run(run.parent_id, "RUNNING")  # start_run() ended it; the pipeline goes on
     summary("register", f"{name} version {version.version}")
     return str(version.version)
-
-
-def decide(candidate: Mapping[str, float], champion: Mapping[str, float] | None, config: Config) -> tuple[bool, str]:
-    """The promotion rule, on held-out metrics: (promote?, why).
-
-    1. A collapsed model is refused: delta PSNR not above `promotion.min_delta_psnr` (its actions change nothing), or a
-       smaller share of latent actions in use than `promotion.min_action_usage`.
-    2. Without a champion, what is left is promoted.
-    3. The higher delta PSNR wins when the difference exceeds its 95% interval (both intervals added in quadrature).
-    4. Otherwise the two control alike, and the candidate must draw at least as well: its `rollout_psnr_t1` decides.
-    """
-    name = f"delta_psnr_t{config.evaluation.horizon}"
-    missing = [key for key in (name, "lam_action_usage", "rollout_psnr_t1") if not _finite(candidate.get(key))]
-    if missing:
-        return False, f"refused: it was not measured: {', '.join(missing)} missing or not a number; evaluate it again"
-    delta, usage, picture = candidate[name], candidate["lam_action_usage"], candidate["rollout_psnr_t1"]
-    if delta <= config.promotion.min_delta_psnr:
-        return False, f"refused: collapsed, {name} {delta:.2f} dB is not above {config.promotion.min_delta_psnr:g}"
-    if usage < config.promotion.min_action_usage:
-        least = config.promotion.min_action_usage
-        return False, f"refused: collapsed, {usage:.0%} of its latent actions are in use, at least {least:.0%} must be"
-    if champion is None:
-        return True, f"promoted: the first champion, {name} {delta:.2f} dB"
-    if not _finite(champion.get(name)) or not _finite(champion.get("rollout_psnr_t1")):
-        return (
-            False,
-            f"refused: the champion has nothing to compare with, no {name}; move the alias by hand to replace it",
-        )
-    difference = delta - champion[name]
-    interval = math.hypot(candidate.get(f"{name}_ci95", 0.0), champion.get(f"{name}_ci95", 0.0))
-    compared = f"{name} {delta:.2f} dB against the champion's {champion[name]:.2f} ({difference:+.2f} ± {interval:.2f})"
-    if abs(difference) > interval:
-        return difference > 0, f"{'promoted: better' if difference > 0 else 'refused: worse'}, {compared}"
-    drawn = f"rollout_psnr_t1 {picture:.2f} dB against {champion['rollout_psnr_t1']:.2f}"
-    if picture >= champion["rollout_psnr_t1"]:
-        return True, f"promoted: level in {compared}, and draws as well or better, {drawn}"
-    return False, f"refused: level in {compared}, and draws worse, {drawn}"
-
-
-def promote(version: str, data_uri: str, run: StepRun, name: str = "genie", alias: str = "champion") -> Decision:
-    """Gives `alias` to `version` if the rule of `decide()` says so; tags the version with the decision and why.
-
-    A champion that was measured otherwise, on other levels or by other code, is first measured as the candidate was,
-    on `data_uri`/eval; where it cannot be, it stays, and the reason says so.
-    """
-    client = run.client
-    current = _aliased(client, name, alias)
-    if current is not None and str(current.version) == version:
-        decision = Decision(version, True, f"is the {alias} already")
-    else:
-        candidate = client.get_model_version(name, version)
-        try:
-            if current is not None and current.tags.get(_MEASURED_ON) != candidate.tags.get(_MEASURED_ON):
-                _measure_again(client, name, current, data_uri, run.config)
-            reigning = _metrics(client, current) if current is not None else None
-            promoted, reason = decide(_metrics(client, candidate), reigning, run.config)
-        except ValueError as error:
-            promoted = False
-            reason = f"refused: it does not compare with the {alias} ({error}); move the alias by hand to replace that"
-        decision = Decision(version, promoted, reason)
-        client.set_model_version_tag(name, version, "decision", "promoted" if promoted else "refused")
-        client.set_model_version_tag(name, version, "reason", reason)
-        client.update_model_version(name, version, description=reason)
-        if promoted:
-            client.set_registered_model_alias(name, alias, version)
-    note = client.get_run(run.parent_id).data.tags.get("mlflow.note.content", "").partition("\n\n")[0]
-    client.set_tag(run.parent_id, "mlflow.note.content", f"{note}\n\n{name} version {version}: {decision.reason}.")
-    served = version if decision.promoted else current.version if current is not None else "none"
-    summary("promote", f"{name} version {version} {decision.reason}; {alias}: {served}")
-    return decision
 
 
 def champion(
@@ -184,7 +103,7 @@ def champion(
     """
     try:
         client = connect(tracking_uri)
-        version = _aliased(client, model_name, alias)
+        version = aliased(client, model_name, alias)
     except MlflowException as error:
         raise ValueError(f"MLflow cannot be asked for the model: {' '.join(str(error).split())[:300]}") from None
     if version is None:
@@ -225,7 +144,7 @@ def versions(model_name: str = "genie", tracking_uri: str = "") -> list[dict[str
                 "version": str(version.version),
                 "run_id": str(version.run_id),
                 "aliases": sorted(named.get(str(version.version), [])),
-                "metrics": _metrics(client, version),
+                "metrics": registered_metrics(client, version),
             }
             for version in sorted(found, key=lambda version: -int(version.version))
         ]
@@ -234,11 +153,11 @@ def versions(model_name: str = "genie", tracking_uri: str = "") -> list[dict[str
 
 
 def _local(client: MlflowClient, name: str, version: Any, cache_dir: str | None) -> ModelVersion:
-    folder = _download(client, name, version, cache_dir)
+    folder = download(client, name, version, cache_dir)
     return ModelVersion(name, str(version.version), str(version.run_id), str(folder))
 
 
-def _download(client: MlflowClient, name: str, version: Any, cache_dir: str | None = None) -> Path:
+def download(client: MlflowClient, name: str, version: Any, cache_dir: str | None = None) -> Path:
     """The folder of a version's files, downloaded unless it is in the cache. Raises ValueError."""
     cache = Path(cache_dir).expanduser() if cache_dir else files.cache_dir() / "models"
     unique = hashlib.sha256(f"{version.source} {version.run_id}".encode()).hexdigest()[:12]
@@ -264,22 +183,6 @@ def _download(client: MlflowClient, name: str, version: Any, cache_dir: str | No
     return folder
 
 
-def _measure_again(client: MlflowClient, name: str, version: Any, data_uri: str, config: Config) -> None:
-    """Measures a version on `data_uri`/eval as `config` asks, and keeps its new figures."""
-    summary("promote", f"{name} version {version.version} was measured otherwise: measures it as the candidate was")
-    genie = load_model(str(_download(client, name, version)))
-    drawn, wanted = genie.config.frame_shape, config.frame_shape
-    if drawn != wanted:
-        raise ValueError(
-            f"version {version.version} draws {drawn[1]} x {drawn[0]} pixels, the candidate {wanted[1]} x {wanted[0]}"
-        )
-    asked = {"data": config.data, "evaluation": config.evaluation, "seed": config.seed}
-    figures = measure(genie.config.model_copy(update=asked), genie, HeldOut.open(f"{data_uri}/eval")).metrics
-    mlflow.set_tracking_uri(client.tracking_uri)
-    mlflow.log_metrics(figures, run_id=version.run_id, model_id=_model_id(version))
-    client.set_model_version_tag(name, version.version, _MEASURED_ON, measured_on(config, data_uri))
-
-
 def _ensure_registered(client: MlflowClient, name: str) -> None:
     try:
         client.create_registered_model(name, description=_DESCRIPTION)
@@ -288,7 +191,7 @@ def _ensure_registered(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _aliased(client: MlflowClient, name: str, alias: str) -> Any | None:
+def aliased(client: MlflowClient, name: str, alias: str) -> Any | None:
     """The model version that has the alias, or None when model or alias do not exist."""
     try:
         return client.get_model_version_by_alias(name, alias)
@@ -303,21 +206,20 @@ def _version_with(client: MlflowClient, name: str, digest: str) -> Any | None:
     return client.get_model_version(name, found[0].version) if found else None
 
 
-def _metrics(client: MlflowClient, version: Any) -> dict[str, float]:
+def registered_metrics(client: MlflowClient, version: Any) -> dict[str, float]:
     """The held-out metrics that a version was registered with; the latest value of each."""
     if not version.source.startswith("models:/"):
         return {}  # registered by hand from plain files: nothing was measured
-    measured = client.get_logged_model(_model_id(version)).metrics or []
+    measured = client.get_logged_model(logged_model(version)).metrics or []
     return {metric.key: metric.value for metric in sorted(measured, key=lambda metric: metric.timestamp)}
 
 
-def _model_id(version: Any) -> str:
-    """MLflow's SQL store leaves `version.model_id` empty; the source, models:/<model id>, always says it."""
+def logged_model(version: Any) -> str:
+    """The id of the model that a version is.
+
+    MLflow's SQL store leaves `version.model_id` empty; the source, models:/<model id>, always says it.
+    """
     return str(version.source.removeprefix("models:/"))
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _fetch(model_uri: str, folder: Path) -> None:

@@ -111,16 +111,18 @@ class StepRun:
     def image(self, name: str, image_HWC: NDArray[np.uint8]) -> None:
         self.client.log_image(self.run_id, image_HWC, artifact_file=f"pictures/{name}.png")
 
-    def dataset(self, uri: str, splits: Sequence[str] = ("train", "eval")) -> None:
+    def dataset(self, uri: str, splits: Sequence[str] = ("train", "eval"), expected: str = "") -> str:
         """Records the digests of the stores at `uri`/train and `uri`/eval as this run's inputs, and the next run's.
 
-        With no `splits`, of the one at `uri` itself, to train on.
+        With no `splits`, of the one at `uri` itself, to train on. Returns a digest of them all. Raises ValueError where
+        it is not the `expected` one.
         """
         from genie_model.data.store import VideoStore
 
-        inputs = []
+        inputs, whole = [], hashlib.sha256()
         for split in splits or ("",):
             store, context = VideoStore.open(f"{uri}/{split}".rstrip("/")), _CONTEXTS[split]
+            whole.update(store.digest.encode())
             dataset = Dataset(
                 name=f"{uri.rstrip('/').rpartition('/')[2]}-{split}".rstrip("-"),
                 digest=store.digest[:36],  # MLflow's limit
@@ -131,8 +133,11 @@ class StepRun:
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
             for run_id in (self.run_id, self.parent_id):
                 self.client.set_tag(run_id, f"dataset.{split or 'train'}.digest", store.digest)
+        if expected not in ("", whole.hexdigest()):
+            raise ValueError(f"the data set at {uri} has changed since it was collected: run the pipeline again")
         no_models: list[LoggedModelInput] = []
         self.client.log_inputs(self.run_id, inputs, no_models)
+        return whole.hexdigest()
 
     def result(self, values: Mapping[str, float]) -> None:
         """What the whole pipeline run came to: metrics of the run above this step's."""
@@ -164,12 +169,13 @@ def step(
     tracking_uri: str = "",
     experiment: str = "genie",
     study: Mapping[str, str] | None = None,
+    pipeline: str = "coinrun",
     ends_pipeline: bool = False,
 ) -> Iterator[StepRun]:
     """A pipeline step: resolves its config, opens its run, and ends the run with what became of the step.
 
     `study` is {"name"} for a step of a study, and for one of its cells, as `studies.plan` made it, {"name", "run",
-    "variant"}.
+    "variant"}. Steps of another `pipeline` than coinrun have a run of their own, whatever else is equal.
 
     An error of the user's (ValueError, OSError, MLflow's) leaves one line on stderr; its traceback goes to the run as
     error.txt. It exits with 2 for what fails every time, a ValueError once the run is open, and else with 1. Ctrl-C and
@@ -180,7 +186,7 @@ def step(
     _end_with_runner()
     try:
         config = get_preset(preset).with_overrides(*overrides)
-        run = _open(connect(tracking_uri), name, config, root_uri, experiment, study or {})
+        run = _open(connect(tracking_uri), name, config, root_uri, experiment, {"pipeline": pipeline, **(study or {})})
         yield run
         run.flush()
         _end(run, "FINISHED", parent="FINISHED" if ends_pipeline else None)
@@ -232,14 +238,15 @@ def _parent(client: MlflowClient, experiment_id: str, config: Config, root_uri: 
 
     Of a study there is one for good, which more seeds are added to.
     """
-    of_study, of_cell = "name" in study, "variant" in study
-    same = " ".join([config.digest(), root_uri, *([study["run"] if of_cell else study["name"]] if of_study else [])])
+    of_study, of_cell, pipeline = "name" in study, "variant" in study, study["pipeline"]
+    whose = [study["run"] if of_cell else study["name"]] if of_study else [pipeline] * (pipeline != "coinrun")
+    same = " ".join([config.digest(), root_uri, *whose])
     key = hashlib.sha256(same.encode()).hexdigest()[:16]
     still_open = "" if of_study and not of_cell else " and status != 'FINISHED'"
     if known := _latest(client, experiment_id, f"tags.`genie.pipeline` = '{key}'{still_open}"):
         return str(known.info.run_id)
-    name = f"{config.name}-{config.digest()[:6]}"
-    note = f"Pipeline run of preset **{config.name}** under `{root_uri}`. Its steps are the child runs."
+    name = f"{'' if pipeline == 'coinrun' else f'{pipeline}-'}{config.name}-{config.digest()[:6]}"
+    note = f"Run of pipeline {pipeline}, preset **{config.name}**, under `{root_uri}`. Its steps are the child runs."
     tags = {"genie.pipeline": key, "preset": config.name, **_provenance(study)}
     if of_study:
         name, note = f"{study['name']} at {config.name}", f"Its cells are the child runs, under `{root_uri}`."
@@ -276,7 +283,10 @@ def _provenance(study: Mapping[str, str]) -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             tags[f"version.{library}"] = importlib.metadata.version(library)
     tags |= {"version.python": platform.python_version(), "mlflow.user": _user()}
-    tags |= {"mlflow.source.name": f"pipelines/{study.get('name', 'coinrun')}.py", "mlflow.source.type": "PROJECT"}
+    tags |= {
+        "mlflow.source.name": f"pipelines/{study.get('name', study['pipeline'])}.py",
+        "mlflow.source.type": "PROJECT",
+    }
     if commit := _git_commit():
         tags["mlflow.source.git.commit"] = commit
     return tags

@@ -46,8 +46,9 @@ def plan(
     data_uri: str,
     run: StepRun,
     model_uri: str = "",
+    data_digest: str = "",
 ) -> list[dict[str, Any]]:
-    """Cells to run, each {"overrides", "study", "data_uri", "model_uri"} for its steps.
+    """Cells to run, each {"overrides", "study", "data_uri", "data_digest", "model_uri"} for its steps.
 
     All of them; or of those whose configs agree in the parts named in `distinct`, the first.
 
@@ -67,6 +68,7 @@ def plan(
             "overrides": cell.overrides,
             "study": {"name": name, "run": run.parent_id, "variant": cell.variant},
             "data_uri": data_uri,
+            "data_digest": data_digest,
             "model_uri": model_uri,
         }
         for cell in planned

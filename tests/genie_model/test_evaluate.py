@@ -216,7 +216,10 @@ def test_a_real_genie_is_evaluated_logged_and_given_its_start_frames(real, capsy
     for name, values in found.curves.items():
         assert len(values) == CONFIG.data.clip_length - 1
         assert values[3] == found.metrics[f"{name}_t4"]
-    assert set(log.images) == {"by_t", "reconstruction", "rollout", "action_grid", "actions_beside_truth"}
+    tables = {"actions_beside_truth", "true_direction_beside_told"}
+    assert set(log.images) == {"by_t", "reconstruction", "rollout", "action_grid", *tables}
+    recalls = np.diag(found.confusion) / found.confusion.sum(axis=1)
+    assert recalls.mean() == pytest.approx(found.metrics["direction_balanced_accuracy"])
     assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for picture in log.images.values())
     assert "[evaluate] tokenizer" in capsys.readouterr().out
 

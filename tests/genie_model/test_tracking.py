@@ -248,7 +248,7 @@ def test_a_champion_that_was_measured_otherwise_is_measured_again(
         run.client.set_model_version_tag("again", fourth, "measured_on", "elsewhere")
         refused = promote(fourth, tiny_data_uri, run, name="again")
     assert not refused.promoted
-    assert "version 2 draws 64 x 64 pixels, the candidate 64 x 32); move the alias by hand" in refused.reason
+    assert "version 2 draws 64 x 64 pixels, the config says 64 x 32); move the alias by hand" in refused.reason
 
 
 def test_a_champion_that_this_code_cannot_load_stays_and_the_reason_says_so(

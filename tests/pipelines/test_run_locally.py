@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,12 @@ def test_from_video_to_champion_and_again_from_the_cache(folder: Path) -> None:
     assert champion.run_id == parent.info.run_id
     (page,) = folder.glob("state/kfp/outputs/*/evaluate/pictures")
     assert page.read_text().count("data:image/png;base64,") >= 2
+    (confusion,) = folder.glob("state/kfp/outputs/*/evaluate/confusion")
+    matrix = json.loads(confusion.read_text())["confusionMatrix"]
+    assert [each["displayName"] for each in matrix["annotationSpecs"]] == ["left", "none", "right"]
+    assert sum(sum(row["row"]) for row in matrix["rows"]) == 4 * 3 * 7, "each held-out transition of whole clips once"
+    pictures = {file.path for file in client.list_artifacts(steps["evaluate"].info.run_id, "pictures")}
+    assert "pictures/true_direction_beside_told.png" in pictures
 
     again = run(folder)
     assert all(f"[{step}] is finished: reused from KFP's cache" in again for step in STEPS)

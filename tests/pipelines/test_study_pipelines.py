@@ -27,7 +27,7 @@ def test_a_study_compiles_with_a_typed_form(study: str, tmp_path: Path) -> None:
         "compile", study, "--preset", "demo", "--seeds", "3", "4", "--set", "train_world.steps=9", cwd=tmp_path
     )
     assert (done.returncode, done.stderr) == (0, "")
-    pipeline = yaml.safe_load((tmp_path / "build" / f"{study}.yaml").read_text())
+    pipeline, _ = yaml.safe_load_all((tmp_path / "build" / f"{study}.yaml").read_text())
     form = pipeline["root"]["inputDefinitions"]["parameters"]
     assert all(field["description"] for field in form.values())
     shown = {name: (field["parameterType"], field.get("defaultValue")) for name, field in form.items()}
@@ -44,7 +44,7 @@ def test_a_study_compiles_with_a_typed_form(study: str, tmp_path: Path) -> None:
 def test_cloning_takes_a_world_or_trains_one(tmp_path: Path) -> None:
     done = pipelines("compile", "cloning", "--model", "gs://bucket/world", "--variant", "hard", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    pipeline = yaml.safe_load((tmp_path / "build" / "cloning.yaml").read_text())
+    pipeline, _ = yaml.safe_load_all((tmp_path / "build" / "cloning.yaml").read_text())
     form = pipeline["root"]["inputDefinitions"]["parameters"]
     assert all(field["description"] for field in form.values())
     shown = {name: (field["parameterType"], field.get("defaultValue")) for name, field in form.items()}

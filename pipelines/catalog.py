@@ -1,0 +1,34 @@
+"""Which pipelines there are."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from genie_model.presets import preset_names
+
+if TYPE_CHECKING:
+    from pipelines.placement import Cluster
+
+STUDIES = ("lam_inputs", "tokenizers", "scaling", "cloning")
+UPKEEP = ("champion", "promotion", "rollback")  # of the registry
+PIPELINES = ("coinrun", *STUDIES, *UPKEEP)
+
+
+def pipeline_named(name: str, cluster: Cluster | None = None) -> Any:
+    """What kfp compiles for that cluster; for none, what it runs on this machine.
+
+    Their modules hold plain functions: kfp runs one when it becomes a pipeline, and by then its steps must know where
+    they are placed. Raises ValueError as `Cluster` does, for images that it cannot name.
+    """
+    from kfp import dsl
+
+    from pipelines.placement import placed_on
+
+    function = getattr(importlib.import_module(f"pipelines.{name}"), name)
+    with placed_on(cluster):
+        pipeline = dsl.pipeline(function, name=f"genie-{name.replace('_', '-')}")
+    form = pipeline.pipeline_spec.root.input_definitions.parameters
+    if "preset" in form:
+        form["preset"].description += f" All: {', '.join(preset_names())}."
+    return pipeline
