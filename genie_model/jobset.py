@@ -167,6 +167,7 @@ def _pod(job: Job, command: Sequence[str], environment: Mapping[str, str]) -> di
     return {
         "serviceAccountName": job.service_account,
         "automountServiceAccountToken": False,
+        "enableServiceLinks": False,  # or a Service's name becomes a variable
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": job.grace_seconds,
         "nodeSelector": job.slice.node_selector(job.spot),

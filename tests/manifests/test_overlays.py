@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from genie_model.jobset import Job, job_set
 from manifests import check
 from manifests.objects import FOLDER, OVERLAYS, TRAINER, Objects, Pod, matches, overlays, render
 from manifests.pods import hardened
+from pipelines.placement import Cluster
 from serving.app import create_app
 from serving.settings import Settings
 
@@ -24,7 +26,7 @@ def test_nothing_is_wrong_with_an_overlay(rendered: Callable[[str], Objects], ov
     assert list(check.findings(objects, overlay)) == []
     assert objects.get("Deployment", "genie-serving")
     lines = [line for line in (OVERLAYS / overlay / "kustomization.yaml").read_text().splitlines() if "#" not in line]
-    assert len(lines) <= 15
+    assert len(lines) <= 16
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
@@ -91,14 +93,11 @@ def test_serving_trusts_the_load_balancer_alone(rendered: Callable[[str], Object
 @pytest.mark.parametrize("overlay", overlays())
 def test_pipelines_take_the_cluster_s_description(rendered: Callable[[str], Objects], overlay: str) -> None:
     """And the trainings on its slice fit into the quota, beside serving, and are the pods that policies mean."""
-    placement, jobset = pytest.importorskip("pipelines.placement"), pytest.importorskip("genie_model.jobset")
-    if not hasattr(placement, "Cluster"):
-        pytest.skip("pipelines cannot be placed by a file yet")
-    cluster = placement.Cluster.read(OVERLAYS / overlay / "cluster.toml")
+    cluster = Cluster.read(OVERLAYS / overlay / "cluster.toml")
     assert cluster.slice.hosts > 1
     shared = ("accelerator", "topology", "namespace", "service_account", "spot", "labels")
-    job = jobset.Job(image=cluster.image("genie-train-tpu"), **{name: getattr(cluster, name) for name in shared})
-    made = jobset.job_set(job, "train-world-0", ["python3"], {})["spec"]["replicatedJobs"][0]["template"]["spec"]
+    job = Job(image=cluster.image("genie-train-tpu"), **{name: getattr(cluster, name) for name in shared})
+    made = job_set(job, "train-world-0", ["python3"], {})["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = Pod("JobSet/x", made["template"]["metadata"]["labels"] | TRAINER.labels, made["template"]["spec"])
     assert pod.has_port("metrics")
     assert pod.has_port(9464)
@@ -106,7 +105,7 @@ def test_pipelines_take_the_cluster_s_description(rendered: Callable[[str], Obje
     objects = rendered(overlay)
     trained = Objects([])
     trained.pods = [pod]
-    assert [one for one in hardened(trained) if "enableServiceLinks" not in one] == []
+    assert list(hardened(trained)) == []
     container = pod.containers[0]
     workload = {
         "kind": "StatefulSet", "metadata": {"name": "train"},
