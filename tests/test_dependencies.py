@@ -36,7 +36,7 @@ def normal(name: str) -> str:
 @pytest.mark.parametrize(
     ("rooms", "extras"),
     [
-        (("genie_model",), ("collect", "tpu")),
+        (("genie_model",), ("collect", "steps", "tpu")),
         (("serving",), ("serve", "otel")),
         (("components",), ("steps",)),
         (("pipelines",), ("steps", "pipelines")),
