@@ -93,6 +93,7 @@ class Podman:
             if line.startswith("[images] "):
                 name = line.removeprefix("[images] ")
                 self("tag", name, f"{name.rpartition(':')[0]}:test")
+                self("untag", name, name)  # or every commit leaves one
 
     @contextmanager
     def running(self, *arguments: str) -> Iterator[str]:
