@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
 
-    chips = [tpu for tpu in TPUS if tpu.name in prices]
+    chips = [tpu for tpu in TPUS.values() if tpu.name in prices]
     titles = ["preset", "parameters", "FLOPs, tokenizer", "FLOPs, world"]
     titles += [f"{tpu.name}, chip-hours" for tpu in chips] + [f"{tpu.name}, $" for tpu in chips]
     rows = []
@@ -66,7 +66,7 @@ def _share(text: str) -> float:
 
 def _price(text: str) -> tuple[str, float]:
     chip, _, dollars = text.partition("=")
-    known = [tpu.name for tpu in TPUS]
+    known = [tpu.name for tpu in TPUS.values()]
     if chip not in known:
         raise argparse.ArgumentTypeError(f"{chip!r} is no chip: one of {', '.join(known)}")
     try:
