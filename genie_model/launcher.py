@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import signal
 import threading
@@ -24,12 +25,16 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
 from kubernetes import client
 from kubernetes import config as kubernetes_config
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from genie_model import files
+from genie_model.backend.sharding import Mesh, check_xla
+from genie_model.config import Config, StageConfig
+from genie_model.genie import Genie
 from genie_model.jobset import (
     CONTAINER,
     DIGEST_LABEL,
@@ -91,13 +96,7 @@ def launch(
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} cannot be launched: allowed are {', '.join(STAGES)}")
-    overrides = [
-        "parallel.backend=xla",
-        f"parallel.fsdp={job.slice.chips}",
-        *overrides,
-    ]  # the user's have the last word
-    config = get_preset(preset).with_overrides(*overrides)
-    config.parallel.mesh(job.slice.chips)  # raises where it does not make up the slice
+    config, overrides = _on_slice(stage, preset, overrides, job.slice.chips)
     trains = hashlib.sha256(" ".join([root_uri, config.digest(), data_uri, tokenizer_uri]).encode()).hexdigest()[:12]
     name = f"{stage}-{trains}"
     result_uri = f"{root_uri}/results/{name}"
@@ -114,6 +113,31 @@ def launch(
     if not files.exists(result_uri):
         raise JobError(f"JobSet {name} ended well and left no result at {result_uri}: see the log of its first host")
     return files.read(result_uri).decode()
+
+
+def _on_slice(stage: str, preset: str, overrides: Sequence[str], chips: int) -> tuple[Config, list[str]]:
+    """The config that `chips` train, and its overrides, of which the user's have the last word.
+
+    As many chips as divide the batch share it, and those that are left share the heads. Raises ValueError for what the
+    hosts would refuse, before any is asked for.
+    """
+    asked = get_preset(preset).with_overrides(*overrides)
+    fsdp = math.gcd(chips, _stage(asked, stage).batch_size)
+    overrides = ["parallel.backend=xla", f"parallel.fsdp={fsdp}", f"parallel.tensor={chips // fsdp}", *overrides]
+    config = get_preset(preset).with_overrides(*overrides)
+    mesh = Mesh(*config.parallel.mesh(chips))
+    if config.parallel.backend == "xla":
+        with torch.device("meta"):
+            genie = Genie(config)
+        try:
+            check_xla(mesh, genie.tokenizer if stage == "train-tokenizer" else genie, _stage(config, stage))
+        except ValueError as error:
+            raise ValueError(f"{stage} of {preset} cannot be shared by {chips} chips: {error}") from None
+    return config, overrides
+
+
+def _stage(config: Config, stage: str) -> StageConfig:
+    return config.train_tokenizer if stage == "train-tokenizer" else config.train_world
 
 
 def _start(cluster: _Cluster, wanted: dict[str, Any], result_uri: str, poll_seconds: float) -> bool:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import Placement
 
-from genie_model.config import Config, TransformerConfig, _did_you_mean
+from genie_model.config import Config, StageConfig, TransformerConfig, _did_you_mean
 from genie_model.layers import STTransformer, sublayers
 
 # The dimension that `tensor` cuts, by the layer whose weight it is: outputs (0), or inputs (1). All others are whole.
@@ -79,6 +79,13 @@ class Mesh(NamedTuple):
     def over(self, device_type: str) -> DeviceMesh:
         """Of this process's group, which has as many ranks."""
         return init_device_mesh(device_type, tuple(self), mesh_dim_names=self._fields)
+
+
+def check_xla(mesh: Mesh, module: nn.Module, stage: StageConfig) -> None:
+    """What backend=xla trains on, and whoever asks for the chips beforehand. Raises ValueError for what it cannot."""
+    mesh.check(module, stage.batch_size)
+    if stage.optimizer.muon_lr:
+        raise ValueError("optimizer.muon_lr: torch-xla hands Muon's products to the CPU; set it to 0 for backend=xla")
 
 
 def transformers(config: Config) -> Iterator[tuple[str, TransformerConfig]]:

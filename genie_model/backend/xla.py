@@ -31,7 +31,7 @@ from torch_xla._internal import tpu
 from torch_xla.experimental.distributed_checkpoint._helpers import _CpuShards, _sharded_cpu_state_dict
 from torch_xla.utils.checkpoint import checkpoint
 
-from genie_model.backend.sharding import Mesh, cut
+from genie_model.backend.sharding import Mesh, check_xla, cut
 from genie_model.chance import Chance
 from genie_model.config import ParallelConfig, StageConfig
 from genie_model.data.loader import Batch
@@ -98,11 +98,7 @@ class XLA:
         torch_xla.sync(wait=True)
 
     def prepare(self, module: nn.Module, stage: StageConfig) -> Optimizers:
-        Mesh(*self._sizes).check(module, stage.batch_size)
-        if stage.optimizer.muon_lr:
-            raise ValueError(
-                "optimizer.muon_lr: torch-xla hands Muon's products to the CPU; set it to 0 for backend=xla"
-            )
+        check_xla(Mesh(*self._sizes), module, stage)
         module.to(self._device).train()
         if self.parallel.remat:
             recompute(module, functools.partial(checkpoint, preserve_rng_state=False))

@@ -32,6 +32,8 @@ ALLOWED: Allowed = {
 IMAGE = f"genie.example/genie-train-tpu@sha256:{0:064}"
 ONE_HOST = Job(image=IMAGE, accelerator="tpu-v6e", topology="2x4")
 FOUR_HOSTS = Job(image=IMAGE, accelerator="tpu-v5e", topology="4x4", max_restarts=0)
+# `tiny` is of a batch and an optimizer that a slice does not take.
+FITS = ["train_tokenizer.batch_size=16", "train_tokenizer.optimizer.muon_lr=0"]
 URI = "models/tokenizer-1"
 LEAVES = f"echo trained; leave {URI}"
 
@@ -57,7 +59,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Future[str]]]:
 
 
 def launched(root: Path, job: Job = FOUR_HOSTS, **changes: Any) -> str:
-    what = {"stage": "train-tokenizer", "preset": "tiny", "root_uri": str(root), "data_uri": "data"}
+    what = {"stage": "train-tokenizer", "preset": "tiny", "overrides": FITS, "root_uri": str(root), "data_uri": "data"}
     return launch(job, **what | {"poll_seconds": 0.1} | changes)
 
 
@@ -66,7 +68,7 @@ def process(root: Path) -> subprocess.Popen[str]:
     program = f"""if True:
         from genie_model.launcher import Job, launch
         job = Job.model_validate_json('{FOUR_HOSTS.model_dump_json()}')
-        print(launch(job, "train-tokenizer", "tiny", root_uri="{root}", data_uri="data", poll_seconds=0.1))"""
+        print(launch(job, "train-tokenizer", "tiny", {FITS}, root_uri="{root}", data_uri="data", poll_seconds=0.1))"""
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
@@ -80,7 +82,7 @@ def test_training_is_preempted_carries_on_and_its_model_comes_back(
 ) -> None:
     """The real command, on the CPU."""
     steps = ["train_tokenizer.steps=150", "train_tokenizer.checkpoint_every=20", "train_tokenizer.precision=fp32"]
-    on_cpu = ["parallel.backend=native", "parallel.fsdp=1", "train_tokenizer.optimizer.muon_lr=0"]
+    on_cpu = ["parallel.backend=native", "parallel.fsdp=1", "parallel.tensor=1", FITS[1]]
     found = start(ONE_HOST, overrides=[*steps, *on_cpu], data_uri=tiny_data_uri)
     cluster.wait_for(lambda: found.done() or list(tmp_path.glob("training/*/*")), 60)
     cluster.preempt(0)
@@ -96,7 +98,7 @@ def test_all_hosts_run_and_the_first_one_is_shown(
     cluster: FakeCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster.program = lambda host, attempt: f"echo host $TPU_WORKER_ID trains; sleep 0.5; {LEAVES}"
-    what = {"root_uri": str(tmp_path), "data_uri": "data", "tracking_uri": "", "experiment": "genie", "overrides": []}
+    what = {"root_uri": str(tmp_path), "data_uri": "data", "tracking_uri": "", "experiment": "genie", "overrides": FITS}
     found = launch_component.python_func("train-tokenizer", FOUR_HOSTS.model_dump(), "tiny", **what)
     assert found == URI
     assert len(cluster.pods) == 4
@@ -323,6 +325,9 @@ def test_its_role_allows_no_more() -> None:
         ({"preset": "tinny"}, "tiny"),
         ({"overrides": ["seed=many"]}, "seed"),
         ({"overrides": ["parallel.fsdp=3"]}, "devices are asked for, and there are 16"),
+        ({"overrides": ["train_tokenizer.batch_size=4"]}, "tensor=4 must divide the heads"),
+        ({"overrides": FITS[:1]}, "optimizer.muon_lr: torch-xla hands"),
+        ({"overrides": ["parallel.fsdp=16", "parallel.tensor=1"]}, "data.fsdp=16 must divide batch_size=2"),
     ],
 )
 def test_what_can_never_work_reaches_no_cluster(
@@ -345,3 +350,14 @@ def test_a_run_of_kubeflow_s_is_passed_on(
     monkeypatch.setenv("MLFLOW_RUN_ID", "that of another try")
     assert launched(tmp_path, ONE_HOST) == URI
     assert len(cluster.pods) == 1
+
+
+def test_chips_that_the_batch_leaves_over_share_the_heads(cluster: FakeCluster, tmp_path: Path) -> None:
+    """The paper's case study on sixteen chips: a batch of 36 is shared by four of them."""
+    cluster.program = lambda host, attempt: LEAVES
+    for stage, mesh in (("train-tokenizer", (16, 1)), ("train-world", (4, 4))):
+        launched(tmp_path, stage=stage, preset="coinrun", overrides=[], tokenizer_uri="tokenizer")
+        name = next(name for name in cluster.job_sets if name.startswith(stage))
+        pods = cluster.job_sets[name]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        command = pods["containers"][0]["command"]
+        assert {f"--set=parallel.fsdp={mesh[0]}", f"--set=parallel.tensor={mesh[1]}"} <= set(command)
