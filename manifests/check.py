@@ -1,6 +1,6 @@
 """`python -m manifests.check`, or `make manifests`: renders every overlay into build/manifests and checks it.
 
-No cluster is asked. Exits with 1 on any finding, and 2 where there is no kustomize.
+No cluster is asked. Exits with 1 on any finding, and 2 where there is no kustomize or an overlay does not render.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkov", type=Path, help="the program, to have it look at what was rendered")
     args = parser.parse_args(arguments)
     BUILD.mkdir(parents=True, exist_ok=True)
+    for path in BUILD.glob("*.yaml"):  # of overlays that are no more
+        path.unlink()
     problems = 0
     for overlay in overlays():
         try:
@@ -63,15 +65,26 @@ def findings(objects: Objects, overlay: str) -> Iterator[str]:
     if wrong:
         return
     for rule in RULES:
-        yield from rule(objects)
-    cluster = tomllib.loads((OVERLAYS / overlay / "cluster.toml").read_text())
-    yield from links.cluster(objects, settings(overlay), cluster)
+        try:
+            yield from rule(objects)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # a form that no overlay had before
+            yield f"rule `{rule.__name__}` cannot read an object: {error!r}"
+    if not (OVERLAYS / overlay / "cluster.toml").exists():
+        yield "cluster.toml is missing: pipelines run by it"
+    for path in sorted((OVERLAYS / overlay).glob("*.toml")):
+        try:
+            cluster = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            yield f"{path.name}: {error}"
+        else:
+            yield from (f"{path.name}: {problem}" for problem in links.cluster(objects, settings(overlay), cluster))
 
 
 def settings(overlay: str) -> dict[str, str]:
     """An overlay's settings.env."""
-    lines = (OVERLAYS / overlay / "settings.env").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    path = OVERLAYS / overlay / "settings.env"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
 
 def checkov(program: Path) -> tuple[list[str], str]:

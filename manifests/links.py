@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,7 +17,7 @@ def selectors(objects: Objects) -> Iterator[str]:
     """Each selects something: a workload its own pods, a policy or a service a pod, a monitor a service or a pod."""
     for workload in objects.of("Deployment", "StatefulSet"):
         template = workload["spec"]["template"]
-        labels = template["metadata"].get("labels", {})
+        labels = template.get("metadata", {}).get("labels", {})
         if not matches(workload["spec"]["selector"], labels):
             yield f"{name_of(workload)}: its selector does not match its pods"
         for spread in template["spec"].get("topologySpreadConstraints", []):
@@ -34,7 +34,7 @@ def selectors(objects: Objects) -> Iterator[str]:
 def ports(objects: Objects) -> Iterator[str]:
     """Each that is named is there, on what it leads to."""
     for service in objects.of("Service"):
-        for port in service["spec"]["ports"]:
+        for port in service["spec"].get("ports", []):
             target = port.get("targetPort", port["port"])
             for pod in objects.selected({"matchLabels": service["spec"].get("selector", {})}):
                 if not pod.has_port(target):
@@ -45,14 +45,14 @@ def ports(objects: Objects) -> Iterator[str]:
         for rule in spec.get("egress", []):
             ways += [(peer["podSelector"], rule) for peer in rule.get("to", []) if _is_ours(peer)]
         for selector, rule in ways:
-            for port in rule.get("ports", []):
+            for port in (one for one in rule.get("ports", []) if "port" in one):
                 for pod in objects.selected(selector):
                     if not pod.has_port(port["port"]):
                         yield f"{name_of(policy)}: opens port {port['port']}, which {pod.owner} has not"
     for monitor in objects.of("ServiceMonitor"):
         for endpoint in monitor["spec"]["endpoints"]:
             for service in _monitored(objects, monitor):
-                if endpoint["port"] not in [port.get("name") for port in service["spec"]["ports"]]:
+                if endpoint["port"] not in [port.get("name") for port in service["spec"].get("ports", [])]:
                     yield f"{name_of(monitor)}: {name_of(service)} has no port {endpoint['port']}"
     for monitor in _own_pod_monitors(objects):
         for endpoint in monitor["spec"]["podMetricsEndpoints"]:
@@ -119,20 +119,23 @@ def denied(objects: Objects) -> Iterator[str]:
     yield "there is no NetworkPolicy that denies everybody everything"
 
 
-def cluster(objects: Objects, settings: dict[str, Any], cluster_file: dict[str, Any]) -> Iterator[str]:
-    """That an overlay's cluster.toml, by which pipelines run, is of the same place as its objects."""
-    (namespace,) = (one["metadata"]["name"] for one in objects.of("Namespace"))
-    tracking, root = urlsplit(cluster_file["tracking_uri"]), urlsplit(cluster_file["root_uri"])
+def cluster(objects: Objects, settings: Mapping[str, str], described: Mapping[str, Any]) -> Iterator[str]:
+    """That a description of the cluster, by which pipelines run, is of the same place as an overlay's objects."""
+    if missing := {"namespace", "tracking_uri", "root_uri", "service_account"} - described.keys():
+        yield f"has no {', '.join(sorted(missing))}"
+        return
+    namespace = next((one["metadata"]["name"] for one in objects.of("Namespace")), "")
+    tracking, root = urlsplit(described["tracking_uri"]), urlsplit(described["root_uri"])
     service = objects.get("Service", "mlflow")
     served = _port_names(service) if service else set()
-    if cluster_file["namespace"] != namespace:
-        yield f"cluster.toml: namespace is {cluster_file['namespace']}, and the overlay's {namespace}"
+    if described["namespace"] != namespace:
+        yield f"namespace is {described['namespace']}, and the overlay's {namespace}"
     if tracking.hostname != f"mlflow.{namespace}.svc.cluster.local" or tracking.port not in served:
-        yield f"cluster.toml: tracking_uri is not http://mlflow.{namespace}.svc.cluster.local and a port of its Service"
-    if root.netloc != settings["BUCKET"]:
-        yield f"cluster.toml: root_uri is in the bucket {root.netloc}, and settings.env says {settings['BUCKET']}"
-    if not objects.get("ServiceAccount", cluster_file["service_account"]):
-        yield f"cluster.toml: there is no ServiceAccount {cluster_file['service_account']}"
+        yield f"tracking_uri is not http://mlflow.{namespace}.svc.cluster.local and a port of its Service"
+    if root.netloc != settings.get("BUCKET"):
+        yield f"root_uri is in the bucket {root.netloc}, and settings.env says {settings.get('BUCKET', 'none')}"
+    if not objects.get("ServiceAccount", described["service_account"]):
+        yield f"there is no ServiceAccount {described['service_account']}"
 
 
 RULES = (selectors, ports, references, namespaces, denied)
@@ -171,12 +174,12 @@ def _backends(ingress: Object) -> Iterator[Object]:
     if default := ingress["spec"].get("defaultBackend"):
         yield default["service"]
     for rule in ingress["spec"].get("rules", []):
-        for path in rule["http"]["paths"]:
+        for path in rule.get("http", {}).get("paths", []):
             yield path["backend"]["service"]
 
 
 def _port_names(service: Object) -> set[str | int]:
-    return {name for port in service["spec"]["ports"] for name in (port["port"], port.get("name")) if name}
+    return {name for port in service["spec"].get("ports", []) for name in (port["port"], port.get("name")) if name}
 
 
 def _named(objects: Objects) -> Iterator[tuple[str, str, str, str]]:

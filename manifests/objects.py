@@ -18,7 +18,7 @@ Object = dict[str, Any]
 
 FOLDER = Path(__file__).parent
 OVERLAYS = FOLDER / "overlays"
-WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Job", "CronJob")
+WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job", "CronJob", "Pod")
 CLUSTER_SCOPED = ("Namespace", "PriorityClass", "ClusterRole", "ClusterRoleBinding", "StorageClass")
 _VARIABLE = re.compile(r"\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")  # $$(NAME) is not used here
 
@@ -72,7 +72,7 @@ class Objects:
     def __init__(self, objects: list[Object]) -> None:
         self.all = objects
         self.pods = [
-            Pod(name_of(one), template["metadata"].get("labels", {}), template["spec"])
+            Pod(name_of(one), template.get("metadata", {}).get("labels", {}), template["spec"])
             for one in self.of(*WORKLOADS)
             if (template := _template(one))
         ]
@@ -102,7 +102,7 @@ class Objects:
         found: dict[str, str] = {}
         for source in container.get("envFrom", []):
             if reference := source.get("configMapRef"):
-                found |= (self.get("ConfigMap", reference["name"]) or {"data": {}})["data"]
+                found |= (self.get("ConfigMap", reference["name"]) or {}).get("data", {})
         for one in container.get("env", []):
             found[one["name"]] = expand(one["value"], found) if "value" in one else self._from(one, container)
         return found
@@ -110,7 +110,7 @@ class Objects:
     def _from(self, variable: Object, container: Object) -> str:
         source = variable.get("valueFrom", {})
         if reference := source.get("configMapKeyRef"):
-            data: Mapping[str, str] = (self.get("ConfigMap", reference["name"]) or {"data": {}})["data"]
+            data: Mapping[str, str] = (self.get("ConfigMap", reference["name"]) or {}).get("data", {})
             return data[reference["key"]]
         if field := source.get("resourceFieldRef"):
             group, _, name = field["resource"].partition(".")
@@ -145,6 +145,8 @@ def matches(selector: Object, labels: Mapping[str, str]) -> bool:
 
 
 def _template(workload: Object) -> Object | None:
+    if workload["kind"] == "Pod":
+        return workload
     spec = workload["spec"]
     template: Object | None = spec["jobTemplate"]["spec"]["template"] if "jobTemplate" in spec else spec.get("template")
     return template

@@ -15,6 +15,10 @@ from manifests.objects import FOLDER, Object, Objects, name_of
 from serving.settings import Settings
 
 IMAGES = FOLDER / "images" / "kustomization.yaml"
+# Of what Pod Security `restricted` admits, what there is a use for.
+VOLUMES = ("configMap", "secret", "emptyDir", "projected", "persistentVolumeClaim")
+# A container's own: anything else, as a user or an Unconfined seccompProfile, would undo what its pod says.
+CONFINED = {"allowPrivilegeEscalation", "readOnlyRootFilesystem", "capabilities"}
 # What the library reads besides serving's settings.
 LIBRARY_VARIABLES = ("GENIE_CACHE_DIR", "GENIE_CACHE_BYTES", "GENIE_METRICS_PORT")
 _DIGEST = re.compile(r"^\S+@sha256:[0-9a-f]{64}$")
@@ -33,7 +37,11 @@ def hardened(objects: Objects) -> Iterator[str]:
             "automountServiceAccountToken: false": pod.spec.get("automountServiceAccountToken") is False,
             "enableServiceLinks: false": pod.spec.get("enableServiceLinks") is False,
             "no hostNetwork": not any(pod.spec.get(f"host{kind}") for kind in ("Network", "PID", "IPC")),
-            "no hostPath": not any("hostPath" in volume for volume in pod.spec.get("volumes", [])),
+            f"no volumes but {', '.join(VOLUMES)}": all(
+                volume.keys() & set(VOLUMES) for volume in pod.spec.get("volumes", [])
+            ),
+            "no sysctls": not security.get("sysctls"),
+            "no ephemeralContainers": not pod.spec.get("ephemeralContainers"),
         }.items():
             if not wanted:
                 yield f"{pod.owner}: its pods need {name}"
@@ -43,8 +51,8 @@ def hardened(objects: Objects) -> Iterator[str]:
             "allowPrivilegeEscalation: false": security.get("allowPrivilegeEscalation") is False,
             "readOnlyRootFilesystem": security.get("readOnlyRootFilesystem") is True,
             "capabilities drop ALL": security.get("capabilities") == {"drop": ["ALL"]},
-            "no privileged": not security.get("privileged"),
-            "no user of its own": "runAsUser" not in security and "runAsNonRoot" not in security,
+            "nothing else in its securityContext": security.keys() <= CONFINED,
+            "no hostPort": not any("hostPort" in port for port in container.get("ports", [])),
         }.items():
             if not wanted:
                 yield f"{where}: needs {name}"
@@ -69,7 +77,9 @@ def probes(objects: Objects) -> Iterator[str]:
                 if probe not in container:
                     yield f"{where}: has no {probe}"
                 port = container.get(probe, {}).get("httpGet", {}).get("port")
-                if port and not any(port in (one["containerPort"], one.get("name")) for one in container["ports"]):
+                if port and not any(
+                    port in (one["containerPort"], one.get("name")) for one in container.get("ports", [])
+                ):
                     yield f"{where}: its {probe} asks port {port}, which it has not"
             if container.get("livenessProbe", {}).get("httpGet", {}).get("path") == "/readyz":
                 yield f"{where}: its livenessProbe waits for a model: without MLflow it would be killed again and again"
@@ -94,6 +104,10 @@ def quantities(objects: Objects) -> Iterator[str]:
         for volume in pod.spec.get("volumes", []):
             if "emptyDir" in volume and not _parsed(volume["emptyDir"]).get("sizeLimit"):
                 yield f"{pod.owner}: volume {volume['name']} has no sizeLimit"
+        # A pod is evicted for what its volumes hold, too. Init containers run before the others, not beside them.
+        early, late = ([_disk(one) for one in pod.spec.get(group, [])] for group in ("initContainers", "containers"))
+        if all(late) and sum(map(_size, pod.spec.get("volumes", []))) > max([sum(late), *early]):
+            yield f"{pod.owner}: its volumes may hold more than its ephemeral-storage"
 
 
 def quota(objects: Objects) -> Iterator[str]:
@@ -102,7 +116,7 @@ def quota(objects: Objects) -> Iterator[str]:
     for workload in objects.of("Deployment", "StatefulSet"):
         count = _most_replicas(objects, workload)
         for container in workload["spec"]["template"]["spec"]["containers"]:
-            for resource, value in _parsed(container["resources"]["requests"]).items():
+            for resource, value in _parsed(container.get("resources", {}).get("requests", {})).items():
                 needed[f"requests.{resource}"] = needed.get(f"requests.{resource}", Decimal()) + count * (
                     value or Decimal()
                 )
@@ -134,7 +148,7 @@ def replicas(objects: Objects) -> Iterator[str]:
     for workload in objects.of("Deployment"):
         (container, *_) = workload["spec"]["template"]["spec"]["containers"]
         if "genie-serve@" in container["image"] and _most_replicas(objects, workload, surge=False) > 1:
-            stores = [one.get("value", "") for one in container["env"] if one["name"] == "GENIE_SESSION_STORE"]
+            stores = [one.get("value", "") for one in container.get("env", []) if one["name"] == "GENIE_SESSION_STORE"]
             if not any(store.startswith(("redis://", "rediss://")) for store in stores):
                 yield f"{name_of(workload)}: several replicas need a Redis: components/redis-sessions"
 
@@ -143,7 +157,9 @@ def secrets(objects: Objects) -> Iterator[str]:
     """None in git: no Secret, and nothing that looks like one where it can be read."""
     for secret in objects.of("Secret"):
         yield f"{name_of(secret)}: a Secret is made by hand or by External Secrets, never kept in git"
-    named = [(name_of(one), key, value) for one in objects.of("ConfigMap") for key, value in one["data"].items()]
+    named = [
+        (name_of(one), key, value) for one in objects.of("ConfigMap") for key, value in one.get("data", {}).items()
+    ]
     for where, _, container in objects.containers():
         named += [(where, one["name"], one["value"]) for one in container.get("env", []) if one.get("value")]
         named += [(where, "", word) for word in [*container.get("command", []), *container.get("args", [])]]
@@ -189,6 +205,16 @@ def mounts(objects: Objects) -> Iterator[str]:
             yield f"{pod.owner}: mounts volume {volume}, which it has not"
         for volume in volumes - used:
             yield f"{pod.owner}: nothing mounts its volume {volume}"
+
+
+def _size(volume: Object) -> Decimal:
+    """What it may take of the node's disk."""
+    place = volume.get("emptyDir", {})
+    return Decimal() if place.get("medium") == "Memory" else _parsed(place).get("sizeLimit") or Decimal()
+
+
+def _disk(container: Object) -> Decimal:
+    return _parsed(container.get("resources", {}).get("limits", {})).get("ephemeral-storage") or Decimal()
 
 
 def _parsed(quantities: Object) -> dict[str, Decimal | None]:

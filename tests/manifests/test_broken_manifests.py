@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from manifests import links, pods
-from manifests.check import RULES
+from manifests.check import RULES, findings
 from manifests.objects import Object, Objects, name_of
 from manifests.schema import schema
 
@@ -73,7 +73,24 @@ BROKEN: list[tuple[Rule, str, Callable[[Object], object], str]] = [
     (pods.hardened, SERVING, lambda one: put(spec(one), "hostNetwork", True), "hostNetwork"),
     (
         pods.hardened, SERVING, lambda one: spec(one)["volumes"].append({"name": "x", "hostPath": {"path": "/"}}),
-        "hostPath",
+        "no volumes but configMap",
+    ),
+    (
+        pods.hardened, SERVING,
+        lambda one: spec(one)["volumes"].append({"name": "x", "nfs": {"server": "x", "path": "/"}}), "no volumes but",
+    ),
+    (pods.hardened, SERVING, lambda one: put(container(one), "ports", 0, "hostPort", 8000), "no hostPort"),
+    (
+        pods.hardened, MLFLOW,
+        lambda one: put(container(one), "securityContext", "seccompProfile", {"type": "Unconfined"}), "nothing else in",
+    ),
+    (
+        pods.hardened, MLFLOW, lambda one: put(spec(one), "securityContext", "sysctls", [{"name": "x", "value": "1"}]),
+        "no sysctls",
+    ),
+    (
+        pods.hardened, "ConfigMap/mlflow", lambda one: one.update(kind="Pod", spec={"containers": [{"name": "x"}]}),
+        "Pod/mlflow-",
     ),
     (pods.hardened, MLFLOW, lambda one: drop(container(one), "securityContext"), "readOnlyRootFilesystem"),
     (
@@ -84,8 +101,8 @@ BROKEN: list[tuple[Rule, str, Callable[[Object], object], str]] = [
         pods.hardened, MLFLOW, lambda one: put(container(one), "securityContext", "capabilities", {"drop": ["KILL"]}),
         "capabilities drop ALL",
     ),
-    (pods.hardened, MLFLOW, lambda one: put(container(one), "securityContext", "privileged", True), "no privileged"),
-    (pods.hardened, MLFLOW, lambda one: put(container(one), "securityContext", "runAsUser", 0), "no user of its own"),
+    (pods.hardened, MLFLOW, lambda one: put(container(one), "securityContext", "privileged", True), "nothing else in"),
+    (pods.hardened, MLFLOW, lambda one: put(container(one), "securityContext", "runAsUser", 0), "nothing else in"),
     (pods.images, SERVING, lambda one: put(container(one), "image", "genie-serve:latest"), "not named by digest"),
     (pods.images, SERVING, lambda one: put(container(one), "image", OTHER), "is not of manifests/images"),
     (pods.probes, POSTGRES, lambda one: drop(container(one), "startupProbe"), "has no startupProbe"),
@@ -101,6 +118,10 @@ BROKEN: list[tuple[Rule, str, Callable[[Object], object], str]] = [
         "than its limit",
     ),
     (pods.quantities, SERVING, lambda one: put(spec(one), "volumes", 0, "emptyDir", {}), "has no sizeLimit"),
+    (
+        pods.quantities, SERVING, lambda one: put(spec(one), "volumes", 0, "emptyDir", "sizeLimit", "9Gi"),
+        "may hold more than its ephemeral-storage",
+    ),
     (pods.quota, "HorizontalPodAutoscaler/genie-serving", lambda one: put(one, "spec", "maxReplicas", 9), "gpu"),
     (pods.quota, "ResourceQuota/genie", lambda one: put(one, "spec", "hard", "requests.memory", "many"), "no quantity"),
     (pods.quota, "ResourceQuota/genie", lambda one: put(one, "spec", "hard", "requests.storage", "10Gi"), "storage"),
@@ -182,7 +203,7 @@ BROKEN: list[tuple[Rule, str, Callable[[Object], object], str]] = [
     (links.references, POSTGRES, lambda one: put(spec(one), "volumes", 0, "secret", "secretName", "x"), "Secret x"),
     (
         links.references, MLFLOW,
-        lambda one: put(container(one), "env", 2, "valueFrom", "secretKeyRef", "key", "x"), "has no key x",
+        lambda one: put(container(one), "env", 3, "valueFrom", "secretKeyRef", "key", "x"), "has no key x",
     ),
     (links.references, POSTGRES, lambda one: put(one, "spec", "serviceName", "x"), "no Service x"),
     (
@@ -268,3 +289,18 @@ def test_pipelines_run_where_the_overlay_is(
     assert list(links.cluster(objects, {"BUCKET": "mine"}, cluster)) == []
     (finding,) = links.cluster(objects, {"BUCKET": "mine"}, cluster | {field: value})
     assert says in finding
+    (finding,) = links.cluster(objects, {"BUCKET": "mine"}, {key: one for key, one in cluster.items() if key != field})
+    assert finding == f"has no {field}"
+
+
+def test_what_a_rule_cannot_read_is_a_finding(rendered: Callable[[str], Objects]) -> None:
+    """A fault of one object hides none of another."""
+    objects = rendered("prod")
+    (serving,) = (one for one in objects.all if name_of(one) == SERVING)
+    for field in ("resources", "env", "ports"):
+        drop(container(serving), field)
+    drop(next(one for one in objects.all if name_of(one) == "Namespace/genie"), "metadata", "labels")
+    found = list(findings(objects, "prod"))
+    assert any("has no requests of cpu" in finding for finding in found)
+    assert any("leads to http, which Deployment/genie-serving has not" in finding for finding in found)
+    assert any("enforce: restricted" in finding for finding in found)

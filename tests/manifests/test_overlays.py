@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from genie_model.jobset import Job, job_set
 from manifests import check
-from manifests.objects import FOLDER, OVERLAYS, TRAINER, Objects, Pod, matches, overlays, render
+from manifests.objects import FOLDER, OVERLAYS, TRAINER, Object, Objects, Pod, matches, overlays, render
 from manifests.pods import hardened
 from pipelines.placement import Cluster
 from serving.app import create_app
@@ -29,22 +29,95 @@ def test_nothing_is_wrong_with_an_overlay(rendered: Callable[[str], Objects], ov
     assert len(lines) <= 16
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_every_component_does_by_itself(rendered: Callable[[str], Objects], tmp_path: Path, component: str) -> None:
-    rendered  # noqa: B018 - it skips where there is no kustomize
-    up = os.path.relpath(FOLDER, tmp_path.resolve())
-    (tmp_path / "kustomization.yaml").write_text(
+def rendered_with(folder: Path, *components: str) -> str:
+    """base with these components, and settings for all."""
+    up = os.path.relpath(FOLDER, folder.resolve())
+    chosen = "".join(f"{up}/components/{component}, " for component in (*components, "settings"))
+    (folder / "kustomization.yaml").write_text(
         "namespace: genie\n"
         f"resources: [{up}/base]\n"
-        f"components: [{up}/components/{component}, {up}/components/settings, {up}/images]\n"
+        f"components: [{chosen}{up}/images]\n"
         "configMapGenerator: [{name: settings, literals: [PROJECT_ID=p, BUCKET=b, HOST=h.example, ADDRESS=203.0.113.7,"
         " ADDRESS_NAME=a, SQL_ADDRESS=10.1.2.3]}]\n"
     )
-    text = render(tmp_path)
+    return render(folder)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_every_component_does_by_itself(rendered: Callable[[str], Objects], tmp_path: Path, component: str) -> None:
+    rendered  # noqa: B018 - it skips where there is no kustomize
+    text = rendered_with(tmp_path, component)
     objects = Objects.read(text)
     assert [problem for rule in check.RULES for problem in rule(objects)] == []
     placeholders = r"\b(PROJECT_ID|BUCKET|HOST|ADDRESS|ADDRESS_NAME|SQL_ADDRESS)\b(?!:)"
     assert re.findall(placeholders, re.sub(r"(?m)^ *[A-Z_]+:", "", text)) == []
+
+
+def test_all_of_mlflow_speaks_to_cloud_sql(rendered: Callable[[str], Objects], tmp_path: Path) -> None:
+    """What brings the schema up to date, too."""
+    objects = Objects.read(rendered_with(tmp_path, "cloud-sql", "mlflow-upgrade"))
+    (pod,) = (pod for pod in objects.pods if pod.owner == "Deployment/mlflow")
+    found = [objects.environment(container) for container in pod.containers]
+    assert [(one["PGHOST"], one["PGSSLMODE"]) for one in found] == [("10.1.2.3", "require")] * 2
+
+
+# Who speaks to whom, and at which port; nobody else may.
+REACHED = {
+    ("Deployment/genie-serving", "Deployment/mlflow", 5000),
+    ("Deployment/mlflow", "StatefulSet/postgres", 5432),
+    ("JobSet", "Deployment/mlflow", 5000),
+    ("JobSet", "JobSet", 9464),
+}
+MORE = {
+    ("Deployment/genie-serving", "StatefulSet/redis", 6379),
+    ("CronJob/mlflow-backup", "StatefulSet/postgres", 5432),
+    ("CronJob/mlflow-restore", "StatefulSet/postgres", 5432),
+}
+# From other namespaces, and by address from outside.
+COME_IN = {("Deployment/mlflow", 5000, "kubeflow")}
+COME_IN_MORE = {
+    ("Deployment/genie-serving", 8000, "monitoring"),
+    ("Deployment/genie-serving", 8000, "35.191.0.0/16"),
+    ("Deployment/genie-serving", 8000, "130.211.0.0/22"),
+    ("JobSet", 9464, "monitoring"),
+}
+
+
+@pytest.mark.parametrize("overlay", overlays())
+def test_who_needs_another_reaches_him_and_nobody_else_does(rendered: Callable[[str], Objects], overlay: str) -> None:
+    objects = rendered(overlay)
+    pods = [*objects.pods, TRAINER]
+    ports = [(pod, port["containerPort"]) for pod in pods for one in pod.containers for port in one.get("ports", [])]
+
+    def rules(pod: Pod, way: str) -> Iterator[Object]:
+        for policy in objects.of("NetworkPolicy"):
+            if matches(policy["spec"]["podSelector"], pod.labels):
+                yield from policy["spec"].get(way, [])
+
+    def opened(rule: Object, way: str, port: int) -> list[Object]:
+        fits = "ports" not in rule or port in [one["port"] for one in rule["ports"]]
+        peers: list[Object] = rule[way] if fits else []
+        return peers
+
+    def lets(pod: Pod, other: Pod, port: int, policies: str, way: str) -> bool:
+        peers = [peer for rule in rules(pod, policies) for peer in opened(rule, way, port)]
+        own = [peer["podSelector"] for peer in peers if "podSelector" in peer and "namespaceSelector" not in peer]
+        return any(matches(selector, other.labels) for selector in own)
+
+    found = {
+        (one.owner, other.owner, port)
+        for one in pods
+        for other, port in ports
+        if lets(one, other, port, "egress", "to") and lets(other, one, port, "ingress", "from")
+    }
+    assert found == REACHED | (MORE if overlay != "dev" else set())
+    came = set()
+    for pod, port in ports:
+        for peer in (peer for rule in rules(pod, "ingress") for peer in opened(rule, "from", port)):
+            labels = peer.get("namespaceSelector", {}).get("matchLabels", {})
+            came |= {(pod.owner, port, name) for name in labels.values()}
+            came |= {(pod.owner, port, peer["ipBlock"]["cidr"])} if "ipBlock" in peer else set()
+    assert came == COME_IN | (COME_IN_MORE if overlay != "dev" else set())
 
 
 def test_make_manifests_says_what_it_found(
@@ -88,6 +161,15 @@ def test_serving_trusts_the_load_balancer_alone(rendered: Callable[[str], Object
     assert policy
     proxies = [peer["ipBlock"]["cidr"] for peer in policy["spec"]["ingress"][0]["from"]]
     assert addresses == [*proxies, check.settings("prod")["ADDRESS"]]
+
+
+@pytest.mark.parametrize("path", sorted(OVERLAYS.glob("*/*.toml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_steps_find_a_node(path: Path) -> None:
+    """On nodes of 8 CPUs and 32 GB, as docs/gke.md makes them; accelerators bring nodes of their own."""
+    cluster = Cluster.read(path)
+    asked = [cluster.small, cluster.medium, *([] if cluster.slice else [cluster.large])]
+    assert max(int(node.cpu) for node in asked) <= 6
+    assert max(int(node.memory.removesuffix("Gi")) for node in asked) <= 24
 
 
 @pytest.mark.parametrize("overlay", overlays())
