@@ -7,8 +7,8 @@
 # A pip.conf given as the secret `pip` is seen while packages are installed, and not kept.
 #
 # An image is copied together from what other stages made: torch (a layer that images share), the other packages, this
-# code. It holds no pip and no compiler, so torch.compile (sampling.compile, parallel.compile) on a GPU needs an image
-# made FROM one of these, with Debian's gcc, libc6-dev and python3-dev.
+# code. It holds no compiler, and no pip but one that BASE may have. So torch.compile (sampling.compile, parallel.compile)
+# on a GPU needs an image made FROM one of these, with Debian's gcc, libc6-dev and python3-dev.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 # ---- What builds, and is not shipped
@@ -25,14 +25,14 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 COPY manifests/images/requirements-torch.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install --target /opt/torch ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} -r requirements-torch.txt \
-    && rm -r /opt/torch/torch/test /opt/torch/torch/bin/*[tT]est*
+    && rm -rf /opt/torch/torch/test /opt/torch/torch/bin/*[tT]est*
 
 FROM builder AS torch-train
 ARG TRAIN_TORCH_INDEX=
 COPY manifests/images/requirements-torch.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install --target /opt/torch ${TRAIN_TORCH_INDEX:+--extra-index-url $TRAIN_TORCH_INDEX} -r requirements-torch.txt \
-    && rm -r /opt/torch/torch/test /opt/torch/torch/bin/*[tT]est*
+    && rm -rf /opt/torch/torch/test /opt/torch/torch/bin/*[tT]est*
 
 FROM builder AS torch-tpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

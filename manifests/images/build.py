@@ -81,8 +81,13 @@ def push(engine: str, image: str) -> str:
         subprocess.run(["docker", "push", image], check=True)
         asked = ["docker", "image", "inspect", "--format", "{{json .RepoDigests}}", image]
         digests = json.loads(subprocess.run(asked, check=True, capture_output=True, text=True).stdout)
-        name = image.rpartition(":")[0]
-        return str(next(digest.partition("@")[2] for digest in digests if digest.startswith(f"{name}@")))
+        name = image.rpartition(":")[0].removeprefix("docker.io/")  # as docker shortens it
+        found = [digest.partition("@")[2] for digest in digests if digest.startswith(f"{name}@")]
+        if not found:
+            raise ValueError(
+                f"docker knows no digest of {name}, which it pushed: it says {', '.join(digests) or 'none'}"
+            )
+        return str(found[0])
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "digest")
         subprocess.run([engine, "push", "--digestfile", str(file), image], check=True)

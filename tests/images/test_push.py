@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import shutil
 import tarfile
 import threading
@@ -125,6 +126,22 @@ def test_what_is_pushed_is_pinned_by_the_registry_s_digest(
     assert changed == {i["name"]: i for i in yaml.safe_load(before)["images"] if i["name"] != "genie-serve"}
     assert [line for line in after.splitlines() if line.startswith("#")] == before.splitlines()[:3]
     assert sorted(path.name for path in tmp_path.glob("kustomization*")) == ["kustomization.yaml"]
+
+
+@pytest.mark.parametrize("registry_name", ["docker.io/example", "ghcr.io/example"])
+def test_docker_says_the_digest_of_what_it_pushed(
+    registry_name: str, images: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A docker of two lines, which shortens its own hub's names as the real one does."""
+    name, digest = f"{registry_name}/genie-serve", f"sha256:{'1' * 64}"
+    known = [f"localhost/other@sha256:{'2' * 64}", f"{name.removeprefix('docker.io/')}@{digest}"]
+    docker = tmp_path / "docker"
+    docker.write_text(f"#!/bin/sh\n[ $1 = push ] || echo '{json.dumps(known)}'\n")
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert images.push("docker", f"{name}:1") == digest
+    with pytest.raises(ValueError, match="docker knows no digest of ghcr"):
+        images.push("docker", "ghcr.io/else/genie-serve:1")
 
 
 @pytest.mark.parametrize(
