@@ -85,6 +85,8 @@ FROM ${BASE} AS runtime
 COPY --from=builder /etc/passwd /etc/group /etc/
 COPY --from=builder --chown=10001:10001 /cache /cache
 ENV PATH=/opt/venv/bin:/opt/torch/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp GENIE_CACHE_DIR=/cache
+# Where GKE puts the driver's libraries into a container that asks for a GPU; elsewhere there is no such folder.
+ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64
 USER 10001:10001
 WORKDIR /tmp
 # All that is written; the rest may be read-only.
