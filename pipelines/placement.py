@@ -176,7 +176,7 @@ def train(component: Any, name: str, **arguments: Any) -> PipelineTask:
 
 def _launched(component: Any, name: str, cluster: Cluster, arguments: dict[str, Any]) -> PipelineTask:
     from components.launch import launch
-    from genie_model.jobset import Job
+    from genie_model.jobset import RUN_VARIABLE, Job
 
     shared = {"accelerator", "topology", "namespace", "service_account", "spot", "queue", "mlflow_secret", "labels"}
     settings = cluster.model_dump(include=shared) | {"deadline_seconds": _seconds(cluster.large)}
@@ -185,6 +185,7 @@ def _launched(component: Any, name: str, cluster: Cluster, arguments: dict[str, 
     task = place(launch(**taken, stage=component.name, job=job.model_dump()), "small", name)
     kubernetes.set_timeout(task, job.deadline_seconds + 3600)  # small, but it waits for the others
     _try_again(task, cluster.large)
+    kubernetes.use_field_path_as_env(task, RUN_VARIABLE, "metadata.labels['pipeline/runid']")  # Kubeflow's label
     return task
 
 
