@@ -19,11 +19,15 @@ def launch(
 ) -> str:
     """Trains `train-tokenizer` or `train-world` on every host of a TPU slice. Returns the URI of what was trained.
 
-    KFP's cache goes by `data_digest`: other data at the same URI is trained on anew.
+    KFP's cache and the job's name go by `data_digest`: other data at the same URI is trained on anew.
     """
-    from genie_model.launcher import Job
+    from genie_model.launcher import Job, JobError
     from genie_model.launcher import launch as launch_job
 
-    what = {"root_uri": root_uri, "data_uri": data_uri, "tokenizer_uri": tokenizer_uri}
+    what = {"root_uri": root_uri, "data_uri": data_uri, "tokenizer_uri": tokenizer_uri, "data_digest": data_digest}
     where = {"tracking_uri": tracking_uri, "experiment": experiment, "study": study}  # its first host opens the run
-    return launch_job(Job.model_validate(job), stage, preset, overrides, **what, **where)
+    try:
+        uri = launch_job(Job.model_validate(job), stage, preset, overrides, **what, **where)
+    except (ValueError, OSError, JobError) as error:
+        raise SystemExit(f"[launch] error: {error}") from None
+    return uri

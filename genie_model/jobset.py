@@ -22,6 +22,8 @@ RESTARTS_LABEL = "jobset.sigs.k8s.io/restart-attempt"  # and how often all start
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"  # and Job the host's number
 CONTAINER = "train"
 DIGEST_LABEL = "genie-digest"  # of what was asked for: two launchers that ask for the same share a JobSet
+RUN_ANNOTATION = "genie-pipeline-run"  # that created it, where one did
+RUN_VARIABLE = "GENIE_PIPELINE_RUN"  # which names it to the launcher, the same to all tries of a step
 METRICS_PORT = 9464
 # As `python -m genie_model` exits.
 _USER_ERROR, _PREEMPTED = 2, 143
@@ -60,8 +62,10 @@ class Job(BaseModel):
         return self
 
 
-def job_set(job: Job, name: str, command: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    """The object to create.
+def job_set(
+    job: Job, name: str, command: Sequence[str], environment: Mapping[str, str], run: str = ""
+) -> dict[str, Any]:
+    """The object to create, for a pipeline's `run` if there is one.
 
     Any pod that fails ends its Job, and JobSet starts all hosts again, from the last checkpoint: at most `max_restarts`
     times after failures, as often as needed after preemption. An error of the user's ends it for good.
@@ -82,7 +86,8 @@ def job_set(job: Job, name: str, command: Sequence[str], environment: Mapping[st
             "namespace": job.namespace,
             "labels": labels | queue,
             # all pods on one slice, not on two of the same shape
-            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": NODE_POOL},
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": NODE_POOL}
+            | ({RUN_ANNOTATION: run} if run else {}),
         },
         "spec": {
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},

@@ -43,6 +43,8 @@ from genie_model.jobset import (
     NAME_LABEL,
     PLURAL,
     RESTARTS_LABEL,
+    RUN_ANNOTATION,
+    RUN_VARIABLE,
     VERSION,
     Job,
     job_set,
@@ -55,6 +57,7 @@ __all__ = ["Job", "JobError", "launch"]
 STAGES = ("train-tokenizer", "train-world")
 # Where Kubeflow Pipelines makes the MLflow runs itself, it tells the step of its own by these; the leader adopts it.
 _PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_WORKSPACE")
+_NEVER = "FailJobSetFailurePolicyAction"  # why a JobSet failed that a rule of jobset.py gives up at once
 _AWAY = (429, 500, 502, 503, 504)  # what an API server answers that may be well soon
 _PATIENCE = 300.0  # seconds for which it may be away
 _LOOK_SECONDS = 60.0  # how long a log is shown at most before the job's state is looked at
@@ -80,6 +83,7 @@ def launch(
     root_uri: str,
     data_uri: str,
     tokenizer_uri: str = "",
+    data_digest: str = "",
     tracking_uri: str = "",
     experiment: str = "genie",
     study: Mapping[str, str] | None = None,
@@ -88,6 +92,8 @@ def launch(
     """Runs `python -m genie_model STAGE` on every host of the job's slice; returns the URI of what it trained.
 
     The job is named after what it trains: a second launcher that asks for the same, with the same settings, shares it.
+    `data_digest` says what lies at `data_uri` now: what was made of other data is not taken for done. Where the
+    pipeline's run is named ($GENIE_PIPELINE_RUN), its next try is told of a failure that would come again, no more.
     The MLflow run is opened by the first host and not here.
 
     Raises ValueError for what can never work, a running job with other settings among it; JobError when the job
@@ -97,8 +103,8 @@ def launch(
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} cannot be launched: allowed are {', '.join(STAGES)}")
     config, overrides = _on_slice(stage, preset, overrides, job.slice.chips)
-    trains = hashlib.sha256(" ".join([root_uri, config.digest(), data_uri, tokenizer_uri]).encode()).hexdigest()[:12]
-    name = f"{stage}-{trains}"
+    trains = hashlib.sha256(" ".join([root_uri, config.digest(), data_uri, data_digest, tokenizer_uri]).encode())
+    name = f"{stage}-{trains.hexdigest()[:12]}"
     result_uri = f"{root_uri}/results/{name}"
     command = ["python", "-m", "genie_model", stage, preset, *(f"--set={override}" for override in overrides)]
     command += [f"--root={root_uri}", f"--data={data_uri}", f"--experiment={experiment}", f"--result={result_uri}"]
@@ -106,9 +112,9 @@ def launch(
     command += [f"--tracking-uri={tracking_uri}"] if tracking_uri else []
     command += [f"--study={json.dumps(study)}"] if study else []
     passed_on = {key: os.environ[key] for key in _PASSED_ON if os.environ.get(key)}
-    cluster = _Cluster(job.namespace, name)
+    cluster, run = _Cluster(job.namespace, name), os.environ.get(RUN_VARIABLE, "")
     with _ended_by_signals(cluster):
-        new = _start(cluster, job_set(job, name, command, passed_on), result_uri, poll_seconds)
+        new = _start(cluster, job_set(job, name, command, passed_on, run), result_uri, poll_seconds)
         _Follower(cluster, job, poll_seconds, new).follow()
     if not files.exists(result_uri):
         raise JobError(f"JobSet {name} ended well and left no result at {result_uri}: see the log of its first host")
@@ -142,10 +148,11 @@ def _stage(config: Config, stage: str) -> StageConfig:
 
 def _start(cluster: _Cluster, wanted: dict[str, Any], result_uri: str, poll_seconds: float) -> bool:
     """Creates the JobSet, unless one that does the same runs or is done; whether it did."""
-    digest = wanted["metadata"]["labels"][DIGEST_LABEL]
+    digest, run = wanted["metadata"]["labels"][DIGEST_LABEL], wanted["metadata"]["annotations"].get(RUN_ANNOTATION)
     while True:
         found = cluster.job_set()
         if found is None:
+            files.remove_tree(result_uri)  # an earlier JobSet's is not this one's
             if cluster.create(wanted):
                 cluster.say("JobSet created")
                 return True
@@ -156,6 +163,9 @@ def _start(cluster: _Cluster, wanted: dict[str, Any], result_uri: str, poll_seco
             cluster.say("waits for the JobSet before it to go")
         elif ended == "Completed" and same and files.exists(result_uri):
             cluster.say("the JobSet is done already")
+            return False
+        elif ended == "Failed" and same and run and _failed_in(found) == run:
+            cluster.say("the JobSet failed in this very run, and would again")
             return False
         elif ended:
             cluster.say(f"the JobSet before it is {ended.lower()}, and made anew")
@@ -170,6 +180,13 @@ def _start(cluster: _Cluster, wanted: dict[str, Any], result_uri: str, poll_seco
                 f"{cluster.name}`; what it saved is kept"
             )
         time.sleep(poll_seconds)
+
+
+def _failed_in(found: dict[str, Any]) -> str | None:
+    """The pipeline's run in which a JobSet failed for good; nothing where another try may go better."""
+    conditions = found["status"].get("conditions", [])
+    never = any(each["type"] == "Failed" and each.get("reason") == _NEVER for each in conditions)
+    return found["metadata"].get("annotations", {}).get(RUN_ANNOTATION) if never else None
 
 
 @contextlib.contextmanager

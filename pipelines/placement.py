@@ -18,7 +18,7 @@ import tomllib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from kfp import kubernetes
@@ -39,6 +39,10 @@ _GPU = "nvidia.com/gpu"
 _RETRY_SECONDS = 45 * 86_400
 
 Size = Literal["small", "medium", "large"]
+# As Kubernetes takes them; anything else would be told only by the cluster.
+_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?$"
+_VALUE = r"^([A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?)?$"
 
 
 class Node(BaseModel):
@@ -46,8 +50,8 @@ class Node(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cpu: str
-    memory: str
+    cpu: str = Field(pattern=r"^(\d+(\.\d+)?|\d+m)$")
+    memory: str = Field(pattern=r"^\d+(\.\d+)?[EPTGMK]i?$")
     hours: int = Field(ge=1)
     retries: int = Field(0, ge=0, description="of what carries on where it was: training saves itself")
 
@@ -58,18 +62,26 @@ class Cluster(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     images: str = Field("manifests/images/kustomization.yaml", description="below this checkout, or absolute")
-    namespace: str = Field("genie", description="of training on several hosts; Kubeflow chooses that of other steps")
+    namespace: str = Field(
+        "genie", pattern=_NAME, description="of training on several hosts; Kubeflow chooses that of other steps"
+    )
     accelerator: Literal["none", "nvidia-l4", "nvidia-h100-80gb", "tpu-v5e", "tpu-v5p", "tpu-v6e"] = Field(
         "none", description="of the training steps: one GPU, or a slice of TPU chips"
     )
     topology: str = Field("", description="of a TPU slice, e.g. 2x4")
     spot: bool = Field(False, description="training on nodes that may be taken away")
-    tracking_uri: str = Field("http://mlflow.genie:5000", description="where the form names no other one")
+    tracking_uri: str = Field(
+        "http://mlflow.genie:5000", pattern="^https?://.", description="where the form names no other one"
+    )
     root_uri: str = Field("", description="the form's default")
-    mlflow_secret: str = Field("", description="a Secret, with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
-    service_account: str = Field("genie-trainer", description="of training on several hosts")
+    mlflow_secret: str = Field(
+        "", pattern=f"^$|{_NAME}", description="a Secret, with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    )
+    service_account: str = Field("genie-trainer", pattern=_NAME, description="of training on several hosts")
     queue: str = Field("", description="of training on several hosts: Kueue's LocalQueue; empty: without Kueue")
-    labels: dict[str, str] = Field({}, description="more labels of every step's pod, e.g. for the bill")
+    labels: dict[Annotated[str, Field(pattern=_KEY)], Annotated[str, Field(pattern=_VALUE)]] = Field(
+        {}, description="more labels of every step's pod, e.g. for the bill"
+    )
     small: Node = Node(cpu="1", memory="4Gi", hours=2)
     medium: Node = Node(cpu="4", memory="16Gi", hours=24)
     large: Node = Node(cpu="8", memory="32Gi", hours=168, retries=5)
@@ -80,9 +92,9 @@ class Cluster(BaseModel):
         try:
             return cls.model_validate(tomllib.loads(Path(path).read_text()))
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{path}: {wrong}") from None
-        except (tomllib.TOMLDecodeError, OSError) as error:
+            wrong = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+            raise ValueError(f"{path}: {'; '.join(': '.join(filter(None, each)) for each in wrong)}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise ValueError(f"{path} is no cluster's description: {error}") from None
 
     @model_validator(mode="after")
@@ -176,7 +188,7 @@ def train(component: Any, name: str, **arguments: Any) -> PipelineTask:
 
 def _launched(component: Any, name: str, cluster: Cluster, arguments: dict[str, Any]) -> PipelineTask:
     from components.launch import launch
-    from genie_model.jobset import Job
+    from genie_model.jobset import RUN_VARIABLE, Job
 
     shared = {"accelerator", "topology", "namespace", "service_account", "spot", "queue", "mlflow_secret", "labels"}
     settings = cluster.model_dump(include=shared) | {"deadline_seconds": _seconds(cluster.large)}
@@ -185,6 +197,7 @@ def _launched(component: Any, name: str, cluster: Cluster, arguments: dict[str, 
     task = place(launch(**taken, stage=component.name, job=job.model_dump()), "small", name)
     kubernetes.set_timeout(task, job.deadline_seconds + 3600)  # small, but it waits for the others
     _try_again(task, cluster.large)
+    kubernetes.use_field_path_as_env(task, RUN_VARIABLE, "metadata.labels['pipeline/runid']")  # Kubeflow's label
     return task
 
 

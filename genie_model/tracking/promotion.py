@@ -138,12 +138,13 @@ def rollback(client: MlflowClient, name: str = "genie", alias: str = "champion",
     Raises ValueError when there is nothing to go back to.
     """
     current, former = aliased(client, name, alias), aliased(client, name, PREVIOUS)
+    lacks = f"no version of {name!r} has the alias {alias if current is None else PREVIOUS!r}"
     if current is not None and former is not None and current.version == former.version:
+        lacks = f"version {current.version} of {name!r} has both aliases, {alias!r} and {PREVIOUS!r}"
         former = _replaced_by(client, name, former)  # a move that was cut short
     if current is None or former is None:
         raise ValueError(
-            f"there is nothing to go back to: no version of {name!r} has the alias "
-            f"{alias if current is None else PREVIOUS!r}; move the alias {alias!r} by hand on MLflow's Models page"
+            f"there is nothing to go back to: {lacks}; move the alias {alias!r} by hand on MLflow's Models page"
         )
     earlier = _replaced_by(client, name, former)
     if not dry_run:

@@ -158,21 +158,21 @@ class FakeCluster:
         if body.get("failed") == pod.attempt:
             return
         if all(each.phase == "Succeeded" for each in pods):
-            self._end(body, "Completed", "jobset completed successfully")
+            self._end(body, "Completed", "jobset completed successfully", "AllJobsCompleted")
         if pod.phase != "Failed":
             return
         body["failed"] = pod.attempt  # those that are stopped for it do not count
         reason, message = self._job_failure(body, pod)
-        action = self._action(body, reason, message)
+        action, why = self._action(body, reason, message), "FailJobSetFailurePolicyAction"
         if action == "RestartJobSet":
             if status["restartsCountTowardsMax"] >= body["spec"]["failurePolicy"]["maxRestarts"]:
-                action = "FailJobSet"
+                action, why = "FailJobSet", "ReachedMaxRestarts"
             else:
                 status["restartsCountTowardsMax"] += 1
         for each in pods:
             each.stop()
         if action == "FailJobSet":
-            return self._end(body, "Failed", f"jobset failed due to one or more job failures: {message}")
+            return self._end(body, "Failed", f"jobset failed due to one or more job failures: {message}", why)
         threading.Thread(target=self._restart, args=(body, pods), daemon=True).start()
         return None
 
@@ -212,8 +212,8 @@ class FakeCluster:
             body["status"]["restarts"] += 1
             self._start_pods(body)
 
-    def _end(self, body: dict[str, Any], state: str, message: str) -> None:
-        condition = {"type": state, "status": "True", "message": message, "reason": state}
+    def _end(self, body: dict[str, Any], state: str, message: str, reason: str) -> None:
+        condition = {"type": state, "status": "True", "message": message, "reason": reason}
         body["status"] |= {"terminalState": state, "conditions": [condition | {"lastTransitionTime": now()}]}
 
     def delete(self, name: str) -> None:

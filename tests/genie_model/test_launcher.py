@@ -212,7 +212,51 @@ def test_what_failed_is_made_anew(cluster: FakeCluster, tmp_path: Path) -> None:
     assert launched(tmp_path) == URI
 
 
+def test_what_would_fail_again_is_not_tried_again_by_the_same_pipeline_run(
+    cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kubeflow tries any step again that failed, whatever its exit code."""
+    cluster.program = lambda host, attempt: "echo no such data; exit 2"
+    monkeypatch.setenv("GENIE_PIPELINE_RUN", "run-1")
+    said = []
+    for _ in range(2):
+        with pytest.raises(JobError) as failed:
+            launched(tmp_path)
+        assert failed.value.exit_code == 2
+        said.append(str(failed.value))
+    assert said[0] == said[1]
+    assert capsys.readouterr().out.count("JobSet created") == 1
+    monkeypatch.setenv("GENIE_PIPELINE_RUN", "run-2")
+    cluster.program = lambda host, attempt: "exit 3"
+    once = FOUR_HOSTS.model_copy(update={"max_restarts": 0})
+    with pytest.raises(JobError):
+        launched(tmp_path, once)
+    cluster.program = lambda host, attempt: LEAVES
+    assert launched(tmp_path, once) == URI, "what failed too often may go better"
+
+
+def test_other_data_at_the_same_place_is_trained_on_anew(cluster: FakeCluster, tmp_path: Path) -> None:
+    cluster.program = lambda host, attempt: LEAVES
+    assert launched(tmp_path, data_digest="1") == URI
+    cluster.program = lambda host, attempt: "leave models/other"
+    assert launched(tmp_path, data_digest="2") == "models/other"
+    assert launched(tmp_path, data_digest="1") == URI
+
+
+def test_a_step_that_fails_says_so_without_a_traceback(cluster: FakeCluster, tmp_path: Path) -> None:
+    cluster.program = lambda host, attempt: "echo no such data; exit 2"
+    where = {"root_uri": str(tmp_path), "data_uri": "data", "tracking_uri": "", "experiment": "genie", "overrides": []}
+    job = FOUR_HOSTS.model_dump()
+    with pytest.raises(SystemExit, match=r"\[launch\] error: JobSet train-tokenizer-.* failed(.|\n)*no such data"):
+        launch_component.python_func("train-tokenizer", job, "tiny", **where)
+    with pytest.raises(SystemExit, match=r"\[launch\] error: unknown preset 'tinny'"):
+        launch_component.python_func("train-tokenizer", job, "tinny", **where)
+
+
 def test_a_job_without_a_result_is_a_failure(cluster: FakeCluster, tmp_path: Path) -> None:
+    cluster.program = lambda host, attempt: LEAVES
+    launched(tmp_path)
+    cluster.job_sets.clear()  # as a day later
     cluster.program = lambda host, attempt: "echo nothing"
     with pytest.raises(JobError, match="left no result"):
         launched(tmp_path)

@@ -136,6 +136,9 @@ def test_a_move_that_was_cut_short_can_be_gone_back_from(run: StepRun, tiny_data
         promote(registered(run, tiny_data_uri, delta_psnr_t4=delta), tiny_data_uri, run)
     run.client.set_registered_model_alias("genie", "champion", "2")  # a rollback that ended here
     assert rollback(run.client) == "genie: champion went from version 2 back to 1; previous: none"
+    run.client.set_registered_model_alias("genie", "previous", "1")  # as who went back by hand leaves it
+    with pytest.raises(ValueError, match="nothing to go back to: version 1 of 'genie' has both aliases"):
+        rollback(run.client)
 
 
 def test_the_champion_is_checked_and_nothing_of_it_changes_but_tags(run: StepRun, tiny_data_uri: str) -> None:

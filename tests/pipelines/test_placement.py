@@ -168,11 +168,19 @@ def test_here_a_step_has_nothing_of_a_cluster() -> None:
         ('accelerator = "nvidia-l4"\ntopology = "2x2"', "is a TPU slice's"),
         ("spot = 2 GPUs", "is no cluster's description"),
         ('[large]\ncpu = "8"', "large.memory: Field required"),
+        ('[small]\ncpu = "lots"\nmemory = "4Gi"\nhours = 1', "small.cpu: String should match"),
+        ('[small]\ncpu = "1"\nmemory = "4 GB"\nhours = 1', "small.memory: String should match"),
+        ('labels = {"my team" = "worlds"}', "labels.my team"),
+        ('labels = {team = "my worlds"}', "labels.team: "),
+        ('namespace = "Genie"', "namespace: String should match"),
+        ('mlflow_secret = "a secret"', "mlflow_secret: String should match"),
+        ('tracking_uri = "mlflow:5000"', "tracking_uri: String should match"),
+        ("labels = {team = '\x80'}", "is no cluster's description: 'utf-8' codec"),
     ],
 )
 def test_a_cluster_that_cannot_be_is_refused_in_one_line(toml: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "cluster.toml"
-    path.write_text(toml)
+    path.write_text(toml, encoding="latin-1")
     with pytest.raises(ValueError, match=problem) as refused:
         Cluster.read(path)
     assert str(path) in str(refused.value)
