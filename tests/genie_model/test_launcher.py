@@ -245,7 +245,13 @@ def test_other_data_at_the_same_place_is_trained_on_anew(cluster: FakeCluster, t
 
 def test_a_step_that_fails_says_so_without_a_traceback(cluster: FakeCluster, tmp_path: Path) -> None:
     cluster.program = lambda host, attempt: "echo no such data; exit 2"
-    where = {"root_uri": str(tmp_path), "data_uri": "data", "tracking_uri": "", "experiment": "genie", "overrides": []}
+    where = {
+        "root_uri": str(tmp_path),
+        "data_uri": "data",
+        "tracking_uri": "",
+        "experiment": "genie",
+        "overrides": FITS,
+    }
     job = FOUR_HOSTS.model_dump()
     with pytest.raises(SystemExit, match=r"\[launch\] error: JobSet train-tokenizer-.* failed(.|\n)*no such data"):
         launch_component.python_func("train-tokenizer", job, "tiny", **where)
