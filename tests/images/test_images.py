@@ -17,7 +17,8 @@ from kfp import compiler
 from mlflow import MlflowClient
 from PIL import Image
 
-from pipelines.coinrun import coinrun
+from pipelines.catalog import pipeline_named
+from pipelines.placement import Cluster
 from pipelines.servers import free_port, mlflow_server
 
 USER = 10001
@@ -94,7 +95,7 @@ def test_the_health_check_fails_where_nobody_serves(serve_image: str, podman: Po
 
 
 def test_a_pipeline_step_runs_as_kubeflow_runs_it(collect_image: str, podman: Podman, shared: Path) -> None:
-    compiler.Compiler().compile(coinrun, str(shared / "coinrun.yaml"))
+    compiler.Compiler().compile(pipeline_named("coinrun", Cluster()), str(shared / "coinrun.yaml"))
     package = next(yaml.safe_load_all((shared / "coinrun.yaml").read_text()))
     container = package["deploymentSpec"]["executors"]["exec-collect"]["container"]
     server = shared / "server"
@@ -107,18 +108,21 @@ def test_a_pipeline_step_runs_as_kubeflow_runs_it(collect_image: str, podman: Po
             "experiment": "images",
             "study": {},
         }
-        outputs = {"parameters": {"Output": {"outputFile": "/data/kfp/Output"}}, "outputFile": "/data/kfp/output.json"}
+        names = ("data_uri", "data_digest")
+        outputs = {"parameters": {name: {"outputFile": f"/data/kfp/{name}"} for name in names}}
+        outputs["outputFile"] = "/data/kfp/output.json"
         executor_input = json.dumps({"inputs": {"parameterValues": inputs}, "outputs": outputs})
         command = [word.replace("{{$}}", executor_input) for word in (*container["command"], *container["args"])]
         where = ["--network=host", "--tmpfs", "/tmp", "--volume", f"{shared}:/data"]
         podman("run", "--rm", *HARDENED, *where, collect_image, *command)
 
-        made = json.loads((shared / "kfp" / "output.json").read_text())["parameterValues"]["Output"]
+        made = json.loads((shared / "kfp" / "output.json").read_text())["parameterValues"]
         client = MlflowClient(tracking_uri)
         experiment = client.get_experiment_by_name("images")
         assert experiment
         runs = client.search_runs([experiment.experiment_id], "tags.`genie.step` = 'collect'")
-    assert made.startswith("/data/datasets/coinrun-")
-    assert (shared / made.removeprefix("/data/") / "train").is_dir()
+    assert made["data_uri"].startswith("/data/datasets/coinrun-")
+    assert (shared / made["data_uri"].removeprefix("/data/") / "train").is_dir()
+    assert len(made["data_digest"]) >= 32
     assert [run.info.status for run in runs] == ["FINISHED"]
     assert runs[0].data.tags["version.procgen-mirror"] == "0.10.7"
