@@ -4,9 +4,6 @@ A pipeline's step is one pod, and a slice of several hosts wants one on each. So
 JobSet (jobset.py), waits for it and returns the URI that the stage leaves. Killed and run again it finds the JobSet by
 its name and goes on; stopped by SIGTERM or Ctrl-C it deletes it. It asks the API server now and then instead of
 watching: nothing that breaks, times out or forgets (410 Gone) has to be taken up again but the log's stream.
-
-This is the only import of the Kubernetes client. Its role needs: create, get and delete jobsets, list pods, get
-pods/log.
 """
 
 from __future__ import annotations
@@ -20,37 +17,27 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from kubernetes import client
-from kubernetes import config as kubernetes_config
-from kubernetes.client.exceptions import ApiException
-from urllib3.exceptions import HTTPError
 
 from genie_model import files
 from genie_model.backend.sharding import Mesh, check_xla
 from genie_model.config import Config, StageConfig
 from genie_model.genie import Genie
 from genie_model.jobset import (
-    CONTAINER,
     DIGEST_LABEL,
-    GROUP,
-    INDEX_LABEL,
-    NAME_LABEL,
-    PLURAL,
     RESTARTS_LABEL,
     RUN_ANNOTATION,
     RUN_VARIABLE,
-    VERSION,
     Job,
     job_set,
 )
+from genie_model.jobset_client import TAIL, JobSetClient, host
 from genie_model.presets import get_preset
-from genie_model.progress import summary
 
 __all__ = ["Job", "JobError", "launch"]
 
@@ -58,12 +45,9 @@ STAGES = ("train-tokenizer", "train-world")
 # Where Kubeflow Pipelines makes the MLflow runs itself, it tells the step of its own by these; the leader adopts it.
 _PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_WORKSPACE")
 _NEVER = "FailJobSetFailurePolicyAction"  # why a JobSet failed that a rule of jobset.py gives up at once
-_AWAY = (429, 500, 502, 503, 504)  # what an API server answers that may be well soon
-_PATIENCE = 300.0  # seconds for which it may be away
 _LOOK_SECONDS = 60.0  # how long a log is shown at most before the job's state is looked at
 _UNPLACED_SECONDS = 60.0  # before it is told why hosts are waited for
 _ENDING_SECONDS = 20.0  # a pipeline's step has 30 to end when it is cancelled
-_TAIL = 20  # lines
 
 
 class JobError(RuntimeError):
@@ -112,7 +96,7 @@ def launch(
     command += [f"--tracking-uri={tracking_uri}"] if tracking_uri else []
     command += [f"--study={json.dumps(study)}"] if study else []
     passed_on = {key: os.environ[key] for key in _PASSED_ON if os.environ.get(key)}
-    cluster, run = _Cluster(job.namespace, name), os.environ.get(RUN_VARIABLE, "")
+    cluster, run = JobSetClient(job.namespace, name), os.environ.get(RUN_VARIABLE, "")
     with _ended_by_signals(cluster):
         new = _start(cluster, job_set(job, name, command, passed_on, run), result_uri, poll_seconds)
         _Follower(cluster, job, poll_seconds, new).follow()
@@ -146,7 +130,7 @@ def _stage(config: Config, stage: str) -> StageConfig:
     return config.train_tokenizer if stage == "train-tokenizer" else config.train_world
 
 
-def _start(cluster: _Cluster, wanted: dict[str, Any], result_uri: str, poll_seconds: float) -> bool:
+def _start(cluster: JobSetClient, wanted: dict[str, Any], result_uri: str, poll_seconds: float) -> bool:
     """Creates the JobSet, unless one that does the same runs or is done; whether it did."""
     digest, run = wanted["metadata"]["labels"][DIGEST_LABEL], wanted["metadata"]["annotations"].get(RUN_ANNOTATION)
     while True:
@@ -190,7 +174,7 @@ def _failed_in(found: dict[str, Any]) -> str | None:
 
 
 @contextlib.contextmanager
-def _ended_by_signals(cluster: _Cluster) -> Iterator[None]:
+def _ended_by_signals(cluster: JobSetClient) -> Iterator[None]:
     """SIGTERM and Ctrl-C end the job; a second one does not disturb that."""
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -215,104 +199,15 @@ def _ended_by_signals(cluster: _Cluster) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _Cluster:
-    """The few requests that Role genie-launcher allows, about one JobSet.
-
-    What is away for a while is waited for; anything else raises as `launch` says.
-    """
-
-    def __init__(self, namespace: str, name: str) -> None:
-        self.namespace, self.name = namespace, name
-        api = client.ApiClient(_configuration())
-        self._custom, self._core = client.CustomObjectsApi(api), client.CoreV1Api(api)
-        self._where = {"group": GROUP, "version": VERSION, "namespace": namespace, "plural": PLURAL}
-
-    def say(self, text: str) -> None:
-        summary(self.name, text)
-
-    def create(self, body: dict[str, Any]) -> bool:
-        """Whether it was: not where one of its name is there."""
-        call = self._custom.create_namespaced_custom_object
-        return self._ask(call, 409, **self._where, body=body, field_validation="Strict") is not None
-
-    def job_set(self) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = self._ask(
-            self._custom.get_namespaced_custom_object, 404, **self._where, name=self.name
-        )
-        return found
-
-    def delete(self) -> None:
-        """Its Jobs and pods go first: it is there until they are gone."""
-        call = self._custom.delete_namespaced_custom_object
-        self._ask(call, 404, **self._where, name=self.name, propagation_policy="Foreground")
-
-    def pods(self) -> list[Any]:
-        """By host."""
-        call, selector = self._core.list_namespaced_pod, f"{NAME_LABEL}={self.name}"
-        return sorted(self._ask(call, namespace=self.namespace, label_selector=selector).items, key=_host)
-
-    def tail(self, pod: str) -> list[str]:
-        """The last lines of its log; none where it is gone."""
-        call = self._core.read_namespaced_pod_log
-        where = {"name": pod, "namespace": self.namespace, "container": CONTAINER}
-        return (self._ask(call, 400, 404, **where, tail_lines=_TAIL) or "").splitlines()
-
-    def log(self, pod: str, idle_seconds: float, **part: int) -> Iterator[str]:
-        """Lines as they come, each behind its time; ends with the log, or when the stream breaks or is idle."""
-        where = {"name": pod, "namespace": self.namespace, "container": CONTAINER, **part}
-        lasting = {"follow": True, "_preload_content": False, "_request_timeout": (10, idle_seconds)}
-        try:
-            with contextlib.closing(self._core.read_namespaced_pod_log(**where, **lasting, timestamps=True)) as stream:
-                for line in stream:
-                    yield line.decode(errors="replace").rstrip("\n")
-        except ApiException as error:
-            if error.status not in (400, 404, *_AWAY):  # it has not begun, or is gone
-                raise self._explained(error) from None
-        except HTTPError:
-            return  # whoever reads comes back
-
-    def _ask(self, call: Callable[..., Any], *fine: int, **arguments: Any) -> Any:
-        """What the server answers; nothing for a status that is `fine`."""
-        until = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                return call(**arguments, _request_timeout=30)
-            except ApiException as error:
-                if error.status in fine:
-                    return None
-                if error.status not in _AWAY:
-                    raise self._explained(error) from None
-                problem = f"{error.status} {error.reason}"
-            except HTTPError as error:
-                problem = str(error)
-            if time.monotonic() > until:
-                raise ConnectionError(f"the cluster's API server has been away for {_PATIENCE:.0f} s: {problem}")
-            time.sleep(1)
-
-    def _explained(self, error: ApiException) -> Exception:
-        try:
-            said = json.loads(error.body)["message"]
-        except (TypeError, ValueError, KeyError):
-            said = error.reason
-        if error.status in (401, 403):
-            role = f"bind Role genie-launcher of namespace {self.namespace} to who runs this"
-            return PermissionError(f"the cluster does not allow it: {said}; {role}")
-        if error.status == 404:
-            return ValueError(f"the cluster knows no JobSet: install JobSet 0.10 or newer ({said})")
-        if error.status in (400, 422):
-            return ValueError(f"the cluster refuses JobSet {self.name}: {said}; JobSet must be 0.10 or newer")
-        return OSError(f"the cluster answers {error.status}: {said}")
-
-
 class _Follower:
     """Tells of a JobSet until it ends."""
 
-    def __init__(self, cluster: _Cluster, job: Job, poll_seconds: float, new: bool) -> None:
+    def __init__(self, cluster: JobSetClient, job: Job, poll_seconds: float, new: bool) -> None:
         self._cluster, self._job, self._poll_seconds = cluster, job, poll_seconds
         self._state, self._restarts, self._waits_since = "", 0, time.monotonic()
         self._leader = ""  # the pod whose log is shown
         self._seen, self._heard, self._new = "", 0.0, new  # to which of its times, when, and whether from its start
-        self._last = deque[str](maxlen=_TAIL)
+        self._last = deque[str](maxlen=TAIL)
         self._failed: dict[str, _End] = {}  # by pod
 
     def follow(self) -> None:
@@ -323,7 +218,7 @@ class _Follower:
                 raise JobError(f"JobSet {self._cluster.name} was deleted by somebody: run this again to carry on")
             status, pods = found.get("status", {}), self._cluster.pods()
             self._tell(status, pods)
-            shown = self._show_log(next((pod for pod in pods if _host(pod) == 0), None))
+            shown = self._show_log(next((pod for pod in pods if host(pod) == 0), None))
             if status.get("terminalState") == "Completed":
                 return
             if status.get("terminalState"):
@@ -370,7 +265,7 @@ class _Follower:
             return False
         part = {"since_seconds": int(time.monotonic() - self._heard) + 10}  # too much: the times tell what is new
         if leader.metadata.name != self._leader:
-            part = {} if self._new else {"tail_lines": _TAIL}
+            part = {} if self._new else {"tail_lines": TAIL}
             self._leader, self._seen, self._heard, self._new = leader.metadata.name, "", time.monotonic(), True
         until = time.monotonic() + _LOOK_SECONDS
         for line in self._cluster.log(self._leader, self._poll_seconds, **part):
@@ -392,23 +287,6 @@ class _Follower:
         pod = _first(self._failed)
         lines, end = self._cluster.tail(pod) or self._last, self._failed[pod]
         return JobError("\n".join([f"{text}; {pod} {end.why}; the last lines of its log:", *lines]), end.exit_code)
-
-
-def _configuration() -> client.Configuration:
-    """That of $KUBECONFIG, else of the pod that this runs in, else of ~/.kube/config. Raises ValueError for none."""
-    configuration = client.Configuration()
-    try:
-        if not os.environ.get("KUBECONFIG") and "KUBERNETES_SERVICE_HOST" in os.environ:
-            kubernetes_config.load_incluster_config(client_configuration=configuration)
-        else:
-            kubernetes_config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=configuration)
-    except kubernetes_config.ConfigException as error:
-        raise ValueError(f"no cluster to ask: set KUBECONFIG, or run this in a pod ({error})") from None
-    return configuration
-
-
-def _host(pod: Any) -> int:
-    return int((pod.metadata.labels or {}).get(INDEX_LABEL, 0))
 
 
 class _End(NamedTuple):

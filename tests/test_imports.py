@@ -18,7 +18,7 @@ OWNERS = {
     "kfp": ("components/", "pipelines/"),
     "torch_xla": ("genie_model/backend/xla.py",),
     "prometheus_client": ("genie_model/exporter.py", "serving/metrics.py"),
-    "kubernetes": ("genie_model/launcher.py",),  # its role allows what this file asks for, and no more
+    "kubernetes": ("genie_model/jobset_client.py",),  # its role allows what this file asks for, and no more
     "procgen": ("genie_model/data/coinrun.py",),
     "gymnasium": ("genie_model/env.py",),
     "genie_model.data.truth": ("genie_model/data/held_out.py", "genie_model/cloning.py"),

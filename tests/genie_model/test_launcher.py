@@ -16,7 +16,7 @@ import yaml
 from fake_cluster import Allowed, FakeCluster, running
 
 from components.launch import launch as launch_component
-from genie_model import launcher
+from genie_model import jobset_client, launcher
 from genie_model.checkpoint import load_tokenizer
 from genie_model.launcher import Job, JobError, launch
 
@@ -285,7 +285,7 @@ def test_connections_that_break_lose_and_repeat_no_line(
 def test_an_api_server_that_stays_away_is_given_up(
     cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "_PATIENCE", 1.5)
+    monkeypatch.setattr(jobset_client, "_PATIENCE", 1.5)
     cluster.away = 10**6
     with pytest.raises(ConnectionError, match="away for 2 s: 503"):
         launched(tmp_path)
