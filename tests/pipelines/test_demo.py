@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from pipelines.servers import free_port
 
 # Long enough to be killed in, and refused in the end: nothing reaches 1,000 dB.
-SETTINGS = ("train_world.steps=300", "train_world.checkpoint_every=5", "promotion.min_delta_psnr=1000")
+SETTINGS = ("train_world.steps=300", "train_world.checkpoint_every=20", "promotion.min_delta_psnr=1000")
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def demo(folder: Path, mlflow_port: int, page_port: int) -> Iterator[subprocess.
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], screen: Path) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 480
     while not condition():
         assert process.poll() is None, screen.read_text()
         assert time.monotonic() < deadline, screen.read_text()
