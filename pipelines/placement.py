@@ -53,7 +53,7 @@ class Node(BaseModel):
     cpu: str = Field(pattern=r"^(\d+(\.\d+)?|\d+m)$")
     memory: str = Field(pattern=r"^\d+(\.\d+)?[EPTGMK]i?$")
     hours: int = Field(ge=1)
-    retries: int = Field(0, ge=0, description="of what carries on where it was: training saves itself")
+    retries: int = Field(0, ge=0, description="of what carries on from its last checkpoint: training")
 
 
 class Cluster(BaseModel):
