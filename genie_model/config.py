@@ -12,13 +12,10 @@ import json
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-
-class ConfigNode(BaseModel):
-    """A frozen node of the tree: unknown names are errors, values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from genie_model.config_node import ConfigNode
+from genie_model.video_config import CurationConfig, IngestConfig
 
 
 class DataConfig(ConfigNode):
@@ -271,6 +268,8 @@ class Config(ConfigNode):
     name: str
     seed: int = Field(0, ge=0, lt=2**31)
     data: DataConfig = DataConfig()
+    ingest: IngestConfig = IngestConfig()
+    curation: CurationConfig = CurationConfig()
     tokenizer: TokenizerConfig
     lam: LAMConfig
     dynamics: DynamicsConfig

@@ -20,6 +20,7 @@ HARMLESS = {
     "cache",
     "checkpoint",
     "config",
+    "config_node",
     "data.shards",
     "exporter",
     "files",
@@ -29,6 +30,7 @@ HARMLESS = {
     "source",
     "speed",
     "training_state",
+    "video_config",
     "watch",
 }
 
