@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from genie_model.chance import Chance
-from genie_model.config import Config, ConfigNode, StageConfig
+from genie_model.config import Config, StageConfig
+from genie_model.config_node import ConfigNode
 from genie_model.genie import Genie
 from genie_model.layers import PatchGrid
 from genie_model.paper import PAPER_PRESETS
