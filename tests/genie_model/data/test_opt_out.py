@@ -149,7 +149,7 @@ def test_the_command_appends(data_uri: str, capsys: pytest.CaptureFixture[str]) 
     assert not files.exists(f"{data_uri}/nothing/opt_out.txt")
 
 
-def test_a_list_that_cannot_be_read_hides_no_one_s_wish(data_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_that_cannot_be_read_is_an_error(data_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opt_out(data_uri, ["v1"])
 
     def read(uri: str) -> bytes:
