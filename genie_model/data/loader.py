@@ -17,6 +17,7 @@ class Batch(NamedTuple):
     frames_BTHWC: NDArray[np.uint8]
     codes_BTNC: NDArray[np.int64] | None = None  # their tokens, where the loader has them
     actions_BT: NDArray[np.int64] | None = None  # what was done at each frame, where it has those
+    labels_B: NDArray[np.int64] | None = None  # what people said of the clips (curation.py)
 
 
 class ClipLoader:
