@@ -4,8 +4,8 @@
     score             + data         ->  <root>/scores/scores-...      the probability of every clip, part by part
     curate            + data         ->  <root>/datasets/curated-...   the same shards, of which fewer clips are listed
 
-Made for 55 million clips: a part of the scores is all that is in memory, whole parts are not made again, the processes
-that torchrun started share the parts, and no frame is copied.
+Made for 55 million clips: the columns of the index are mapped, not read (columns.py), a part of the scores is all that
+is in memory, whole parts are not made again, several jobs can share them, and no frame is copied.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import hashlib
 import io
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +25,10 @@ from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from genie_model import checkpoint, collectives, files, metrics
+from genie_model import checkpoint, files, metrics
 from genie_model.backend import native
 from genie_model.config import Config, CurationConfig, OptimizerConfig, StageConfig
-from genie_model.data.labels import BAD, GOOD, held_out_sources, read_labels
+from genie_model.data.labels import BAD, GOOD, episodes_of, held_out_sources, read_labels
 from genie_model.data.loader import Batch, ClipLoader, _shuffled
 from genie_model.data.shards import file_sizes, has_index, write_view
 from genie_model.data.store import VideoStore
@@ -57,15 +58,18 @@ class Labelled(NamedTuple):
 
 def labelled_clips(store: VideoStore, labels_uri: str) -> list[Labelled]:
     """Those labelled 5 or 1, in order of their digests. Raises ValueError where the data set has none of them."""
-    labels = {digest: label for digest, label in read_labels(labels_uri).items() if label.label in (GOOD, BAD)}
-    found = store.find(labels)
-    clips = [
-        Labelled(found[digest], digest, label.source, label.label == GOOD)
-        for digest, label in sorted(labels.items())
-        if digest in found
-    ]
+    labels = {
+        digest: said.label == GOOD for digest, said in read_labels(labels_uri).items() if said.label in (GOOD, BAD)
+    }
+    clips = list[Labelled]()
+    for digest, episode in sorted(episodes_of(store, labels).items()):
+        about = store.about(episode)
+        if about["digest"] == digest:  # and not only its hash
+            clips.append(Labelled(episode, digest, about["source"], labels[digest]))
     if not clips:
-        raise ValueError(f"none of the {len(labels)} clips labelled 5 or 1 in {labels_uri} is in {store.uri}: another data set's?")
+        raise ValueError(
+            f"{store.uri} has none of the {len(labels)} clips that {labels_uri} labels {GOOD} or {BAD}: label its own"
+        )
     return clips
 
 
@@ -75,7 +79,9 @@ class LabelledLoader(ClipLoader):
     Of each clip `frames` frames, one drawn from every equal stretch of it.
     """
 
-    def __init__(self, store: VideoStore, clips: Sequence[Labelled], part: CurationConfig, rank: int, size: int) -> None:
+    def __init__(
+        self, store: VideoStore, clips: Sequence[Labelled], part: CurationConfig, rank: int, size: int
+    ) -> None:
         super().__init__(store, part.batch_size, part.frames, part.seed, rank, size)
         self.by_kind = [[clip for clip in clips if clip.good == kind] for kind in (False, True)]
 
@@ -103,9 +109,9 @@ def spread_frames(store: VideoStore, episode: int, at_T: NDArray[np.float64]) ->
 def train_classifier(config: Config, data_uri: str, labels_uri: str, root_uri: str, log: RunLog | None = None) -> str:
     """Learns 5 from 1 by the one trainer (train.py); returns the classifier's URI.
 
-    The videos of `config.curation.held_out` measure it, and none of their clips teaches it. A finished classifier of the
-    same labelled clips is reused, a killed run carries on. Raises ValueError for labels or data that are missing or too
-    few.
+    The videos of `config.curation.held_out` measure it, and none of their clips teaches it. A finished classifier of
+    the same labelled clips is reused, a killed run carries on. Raises ValueError for labels or data that are missing or
+    too few.
     """
     part = config.curation
     store = VideoStore.open(f"{data_uri}/train")
@@ -119,7 +125,7 @@ def train_classifier(config: Config, data_uri: str, labels_uri: str, root_uri: s
 
     # By what it learns from, not by where that lies; the rule may change without a new classifier.
     asked = config.with_overrides("curation.threshold=0", "curation.confidence=0", f"seed={part.seed}")
-    learnt_from = hashlib.sha256(json.dumps([clip[1:] for clip in clips]).encode())
+    learnt_from = hashlib.sha256(json.dumps([clip[1:] for clip in clips]).encode())  # digests, sources, labels
     torch.manual_seed(part.seed)
     classifier = ClipClassifier(asked)
     if part.weights_uri:
@@ -145,10 +151,8 @@ def train_classifier(config: Config, data_uri: str, labels_uri: str, root_uri: s
         log.params({"labels_uri": labels_uri, "labelled_clips": len(clips), "labelled_videos": len(kinds)})
         log.metrics(found)
         for percent in range(5, 100, 5):
-            rule = config.with_overrides(f"curation.threshold={percent / 100}", "curation.confidence=0")
-            at = held_out_metrics(rule, uri)
-            log.metrics({f"by_threshold/{name}": at[f"curator_{name}"] for name in ("precision", "recall")}, percent)
-    shown = ", ".join(f"{name} {found[f'curator_{name}']:.2f}" for name in ("precision", "recall", "base_rate", "auc"))
+            log.metrics({f"by_threshold/{name}": value for name, value in _at(percent / 100, uri).items()}, percent)
+    shown = ", ".join(f"{name} {found.get(f'curator_{name}', np.nan):.2f}" for name in ("precision", "recall", "auc"))
     summary("train-curator", f"{len(measured)} held-out labels of {len(held_out)} videos: {shown}")
     return uri
 
@@ -177,28 +181,52 @@ def held_out_metrics(config: Config, classifier_uri: str) -> dict[str, float]:
     `curator_precision`: of the clips that are kept, the share that is good; `_base_rate` is that of keeping all.
     `_recall`: of the good clips, the share that is kept. `_auc`: how often a good clip is above a bad one.
     """
-    rows = json.loads(files.read(f"{classifier_uri}/{_HELD_OUT}"))
-    good_N, probability_N = (np.array([row[key] for row in rows]) for key in ("good", "probability"))
-    source_N, kept_N = np.array([row["source"] for row in rows]), keeps(config.curation, probability_N)
+    good_N, probability_N, source_N = _held_out(classifier_uri)
+    kept_N = keeps(config.curation, probability_N)
+    videos, video_N = np.unique(source_N, return_inverse=True)
+    columns = (good_N & kept_N, kept_N, good_N, np.ones(len(good_N)))
+    totals_V4 = np.stack([np.bincount(video_N, weights=column) for column in columns], axis=1)
+
+    def share(part: int, of: int) -> metrics.Estimate:
+        return metrics.bootstrap(totals_V4, lambda total: total[part] / total[of] if total[of] else np.nan)
+
     found = metrics.flatten(
         {
-            "precision": metrics.ratio_over_levels(good_N & kept_N, kept_N, source_N),
-            "recall": metrics.ratio_over_levels(good_N & kept_N, good_N, source_N),
-            "base_rate": metrics.mean_over_levels(good_N, source_N),
+            "precision": share(0, 1),
+            "recall": share(0, 2),
+            "base_rate": share(2, 3),
             "auc": float(roc_auc_score(good_N, probability_N)),
-            "labels": float(len(rows)),
-            "videos": float(len(set(source_N))),
+            "labels": float(len(good_N)),
+            "videos": float(len(videos)),
         }
     )
-    return {f"curator_{name}": value for name, value in found.items()}
+    return {
+        f"curator_{name}": value for name, value in found.items() if np.isfinite(value)
+    }  # of none kept, none is good
 
 
 def held_out_confusion(config: Config, classifier_uri: str) -> list[list[int]]:
     """Counts of [bad, good] labels that are [dropped, kept]."""
+    good_N, probability_N, _ = _held_out(classifier_uri)
+    table: list[list[int]] = metrics.contingency_table(good_N, keeps(config.curation, probability_N), 2, 2).tolist()
+    return table
+
+
+def _at(threshold: float, classifier_uri: str) -> dict[str, float]:
+    """What a threshold alone would do; to choose one by."""
+    good_N, probability_N, _ = _held_out(classifier_uri)
+    kept_N = probability_N >= threshold
+    both = float((good_N & kept_N).sum())
+    return {"recall": both / good_N.sum()} | ({"precision": both / kept_N.sum()} if kept_N.any() else {})
+
+
+def _held_out(classifier_uri: str) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.str_]]:
+    """Of every held-out label: whether it says good, the probability of that, and its video."""
     rows = json.loads(files.read(f"{classifier_uri}/{_HELD_OUT}"))
-    kept_N = keeps(config.curation, np.array([row["probability"] for row in rows]))
-    table = metrics.contingency_table([row["good"] for row in rows], kept_N, 2, 2)
-    return [list(map(int, row)) for row in table]
+    good_N, probability_N, source_N = (
+        np.array([row[key] for row in rows]) for key in ("good", "probability", "source")
+    )
+    return good_N, probability_N, source_N
 
 
 def probabilities(classifier: ClipClassifier, store: VideoStore, episodes: Sequence[int]) -> NDArray[np.float32]:
@@ -235,37 +263,32 @@ def score(
 ) -> str:
     """What the classifier says of every train clip; returns the scores' URI.
 
-    A part holds the probabilities of the clips of some shards, float32, NaN where a clip is opted out. Whole parts are
-    reused. `share` (i, n): this is the i-th of n jobs, each of which makes every n-th part; whichever ends last declares
-    the scores whole. Raises ValueError for a classifier or data that are missing or broken.
+    A part holds the probabilities of the clips of some shards, float32, and is named by their digests: whole parts are
+    reused, and where clips were opted out only the parts are made anew that held them. `share` (i, n): this is the i-th
+    of n jobs, each of which makes every n-th missing part. Raises ValueError for a classifier or data that are missing
+    or broken, or clips without digests.
     """
     store, classifier = VideoStore.open(f"{data_uri}/train"), load_classifier(classifier_uri)
     weights = files.read(f"{classifier_uri}/{checkpoint.WEIGHTS}")
-    asked = hashlib.sha256(weights + f"{classifier.config.curation.frames} {store.digest}".encode()).hexdigest()
+    asked = hashlib.sha256(weights + f"{classifier.config.curation.frames}".encode()).hexdigest()
     uri = f"{root_uri.rstrip('/')}/scores/scores-{asked[:12]}-{code_digest(CODE)}"
+    files.write_atomic(f"{uri}/{_SCORES}", json.dumps({"classifier_uri": classifier_uri}).encode())
     parts = _parts(store)
-    missing = _missing(uri, len(parts))
-    own = [part for part in missing if part % share[1] == share[0]]
-    sheet = _Sheet(config.curation.seed)
-    clips = sum(len(_episodes(store, parts[part])) for part in own)
+    missing = _missing(uri, parts)
+    own = [part for part in missing if part.number % share[1] == share[0]]
+    sheet, clips = _Sheet(config.curation.seed), sum(len(part.episodes) for part in own)
     with bar(desc="score", unit="clip", total=clips) as progress:
         for part in own:
-            episodes = _episodes(store, parts[part])
-            shown_E = store.episode_lengths[episodes.start : episodes.stop] > 0
-            found_E = np.full(len(episodes), np.nan, np.float32)
-            found_E[shown_E] = probabilities(classifier, store, np.flatnonzero(shown_E) + episodes.start)
-            sheet.see(found_E, episodes.start)
+            found_E = probabilities(classifier, store, part.episodes)
+            sheet.see(found_E, part.episodes.start)
             packed = io.BytesIO()
             np.save(packed, found_E)
-            files.write_atomic(f"{uri}/{_part_name(part)}", packed.getvalue())
-            progress.update(len(episodes))
-    if not _missing(uri, len(parts)):
-        told = {"data_digest": store.digest, "classifier_uri": classifier_uri, "parts": len(parts)}
-        files.write_atomic(f"{uri}/{_SCORES}", json.dumps(told).encode())
-    if own:
+            files.write_atomic(f"{uri}/{part.name}", packed.getvalue())
+            progress.update(len(part.episodes))
+    if clips:
         log.image("clips_by_score", sheet.drawn(store))
     log.params({"scores_uri": uri})
-    summary("score", f"{f'made {len(own)} of' if own else 'reused'} {len(parts)} parts: {uri}")
+    summary("score", f"{f'made {len(own)} of' if own else 'reused all'} {len(parts)} parts: {uri}")
     return uri
 
 
@@ -286,72 +309,82 @@ def curate(
         summary("curate", f"keeps everything: {data_uri}")
         return data_uri
     stores = {split: VideoStore.open(f"{data_uri}/{split}") for split in ("train", "eval")}
-    scores = _Scores(scores_uri, stores["train"])
-    kept = sum(int(keeps(part, found_E).sum()) for found_E in scores)
-    if not kept:
+    train, parts = stores["train"], _parts(stores["train"])
+    if missing := _missing(scores_uri, parts):
+        raise ValueError(
+            f"{len(missing)} of {len(parts)} parts are missing at {scores_uri}: the scores are unfinished, or of other "
+            "data; run score again, it carries on"
+        )
+    kept = np.zeros(2, np.int64)  # clips, frames
+    for some in parts:
+        keep_E = keeps(part, some.read(scores_uri))
+        kept += keep_E.sum(), train.lengths_in(some.shards)[keep_E].sum()
+    if not kept[0]:
         rule = f"curation.threshold={part.threshold:g} and curation.confidence={part.confidence:g}"
         raise ValueError(f"no clip is kept by {rule}: lower them; {scores_uri} has the probabilities")
     rule = {"threshold": part.threshold, "confidence": part.confidence, "scores": scores_uri.rpartition("/")[2]}
     asked = hashlib.sha256(f"{rule} {[store.digest for store in stores.values()]}".encode()).hexdigest()
     uri = f"{root_uri.rstrip('/')}/datasets/curated-{asked[:12]}"
-    everything = (np.ones(len(episodes), bool) for episodes in _shards(stores["eval"]))
-    for split, keep in (("train", (keeps(part, found_E) for found_E in scores.by_shard())), ("eval", everything)):
+    by_shard = (keeps(part, found_E) for some in parts for found_E in some.by_shard(scores_uri, train))
+    whole = (np.ones(len(stores["eval"].episodes_in(shard)), bool) for shard in range(stores["eval"].num_shards))
+    for split, keep in (("train", by_shard), ("eval", whole)):
         if not has_index(f"{uri}/{split}"):
             meta = stores[split].meta
             write_view(f"{uri}/{split}", stores[split], keep, {**meta, "data": {**meta["data"], "curation": rule}})
-    found = {
-        "curated_clips": float(kept),
-        "curated_share": kept / stores["train"].num_episodes,
-        "curated_hours": VideoStore.open(f"{uri}/train").num_frames / config.ingest.fps / 3600,
-    }
     log.params({"data_uri": uri, "curation_rule": json.dumps(rule)})
-    log.metrics(found)
-    summary("curate", f"{kept:,} of {stores['train'].num_episodes:,} clips ({found['curated_share']:.0%}): {uri}")
+    log.metrics(figures(config, data_uri, uri, scores_uri))
+    summary("curate", f"{kept[0]:,} of {train.num_episodes:,} clips ({kept[0] / train.num_episodes:.0%}): {uri}")
     return uri
 
 
-class _Scores:
-    """The parts, one after the other."""
-
-    def __init__(self, uri: str, store: VideoStore) -> None:
-        if not files.exists(f"{uri}/{_SCORES}"):
-            raise ValueError(f"the scores at {uri} are missing or unfinished: run score again, it carries on")
-        told = json.loads(files.read(f"{uri}/{_SCORES}"))
-        if told["data_digest"] != store.digest:
-            raise ValueError(f"the scores at {uri} are not of {store.uri} as it is now: run score again")
-        self.uri, self.store, self.parts = uri, store, _parts(store)
-
-    def __iter__(self) -> Iterator[NDArray[np.float32]]:
-        for part in range(len(self.parts)):
-            yield np.load(io.BytesIO(files.read(f"{self.uri}/{_part_name(part)}")), allow_pickle=False)
-
-    def by_shard(self) -> Iterator[NDArray[np.float32]]:
-        for shards, found_E in zip(self.parts, self, strict=True):
-            ends = np.cumsum([len(self.store.episodes_in(shard)) for shard in shards])
-            yield from np.split(found_E, ends[:-1])
+def figures(config: Config, data_uri: str, curated_uri: str, scores_uri: str) -> dict[str, float]:
+    """What was kept, `curated_clips`, `_share` and `_hours`; unless that is everything, with `held_out_metrics`."""
+    before, after = (VideoStore.open(f"{uri}/train") for uri in (data_uri, curated_uri))
+    found = {
+        "curated_clips": float(after.num_episodes),
+        "curated_share": after.num_episodes / before.num_episodes,
+        "curated_hours": after.num_frames / config.ingest.fps / 3600,
+    }
+    if curated_uri == data_uri:
+        return found
+    return found | held_out_metrics(config, json.loads(files.read(f"{scores_uri}/{_SCORES}"))["classifier_uri"])
 
 
-def _parts(store: VideoStore) -> list[range]:
-    """Shards that are scored together: one by one, or where they are many as many as make a thousand parts."""
-    size = -(-store.num_shards // _MOST_PARTS)
-    return [range(begin, min(begin + size, store.num_shards)) for begin in range(0, store.num_shards, size)]
+@dataclass(frozen=True)
+class _Part:
+    """Clips that are scored together, of consecutive shards."""
+
+    number: int
+    shards: range
+    episodes: range
+    name: str
+
+    def read(self, uri: str) -> NDArray[np.float32]:
+        found_E: NDArray[np.float32] = np.load(io.BytesIO(files.read(f"{uri}/{self.name}")), allow_pickle=False)
+        return found_E
+
+    def by_shard(self, uri: str, store: VideoStore) -> list[NDArray[np.float32]]:
+        ends = [store.episodes_in(shard).stop - self.episodes.start for shard in self.shards]
+        return np.split(self.read(uri), ends[:-1])
 
 
-def _shards(store: VideoStore) -> Iterator[range]:
-    return (store.episodes_in(shard) for shard in range(store.num_shards))
+def _parts(store: VideoStore) -> list[_Part]:
+    """A shard each, or where they are many as many as make a thousand parts."""
+    size, parts = -(-store.num_shards // _MOST_PARTS), list[_Part]()
+    for begin in range(0, store.num_shards, size):
+        shards = range(begin, min(begin + size, store.num_shards))
+        episodes = range(store.episodes_in(shards[0]).start, store.episodes_in(shards[-1]).stop)
+        digest_E = store.hashes_in("digest", shards)
+        if not digest_E.all():
+            raise ValueError(f"clips of {store.uri} have no digests: curate what was ingested from video")
+        digest = hashlib.sha256(digest_E.tobytes()).hexdigest()
+        parts.append(_Part(len(parts), shards, episodes, f"part-{len(parts):05d}-{digest[:16]}.npy"))
+    return parts
 
 
-def _episodes(store: VideoStore, shards: range) -> range:
-    return range(store.episodes_in(shards[0]).start, store.episodes_in(shards[-1]).stop)
-
-
-def _part_name(part: int) -> str:
-    return f"part-{part:05d}.npy"
-
-
-def _missing(uri: str, parts: int) -> list[int]:
+def _missing(uri: str, parts: Sequence[_Part]) -> list[_Part]:
     there = file_sizes(*url_to_fs(uri))
-    return [part for part in range(parts) if _part_name(part) not in there]
+    return [part for part in parts if part.name not in there]
 
 
 class _Sheet:

@@ -12,11 +12,15 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
+import numpy as np
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from genie_model import files
+from genie_model.data.columns import hash_of_digest, is_among
+from genie_model.data.store import VideoStore
 
 GOOD, BAD = 5, 1  # what lies between teaches nothing (App. B.1)
+_SHARDS = 1024  # whose clips are looked at at a time
 
 
 class Label(BaseModel):
@@ -53,14 +57,32 @@ def read_labels(uri: str) -> dict[str, Label]:
 
 def write_labels(uri: str, labels: Iterable[Label]) -> None:
     """All of them or, where that fails, what was there before."""
-    files.write_atomic(uri, _File(labels=list(labels)).model_dump_json(indent=1).encode())
+    files.write_atomic(uri, as_json(labels))
+
+
+def as_json(labels: Iterable[Label]) -> bytes:
+    """As they lie in a file."""
+    return _File(labels=list(labels)).model_dump_json(indent=1).encode()
+
+
+def episodes_of(store: VideoStore, digests: Iterable[str]) -> dict[str, int]:
+    """Where in the data set the clips with these digests are, by digest; those that it has. 64 bits are looked at."""
+    wanted = {hash_of_digest(digest): digest for digest in digests}
+    hashes, found = list(wanted), dict[str, int]()
+    for begin in range(0, store.num_shards, _SHARDS):
+        shards = range(begin, min(begin + _SHARDS, store.num_shards))
+        hash_E = store.hashes_in("digest", shards)
+        first = store.episodes_in(begin).start
+        found |= {wanted[int(hash_E[i])]: first + int(i) for i in np.flatnonzero(is_among(hash_E, hashes))}
+    return found
 
 
 def held_out_sources(sources: Mapping[str, set[bool]], share: float, seed: int) -> set[str]:
     """Which videos measure the classifier; `sources` says of each whether it has good clips (True), bad ones, or both.
 
-    About that share of the videos with bad clips and of those without, one at least: whole videos, for a clip gives
-    away the others of its video. Raises ValueError where either side would lack good or bad clips.
+    About that share of the videos with bad clips and of those without, but one of each at least, on either side: whole
+    videos, for a clip gives away the others of its video. Raises ValueError where either side would lack good or bad
+    clips.
     """
 
     def drawn(source: str) -> bytes:
@@ -69,13 +91,13 @@ def held_out_sources(sources: Mapping[str, set[bool]], share: float, seed: int) 
     held_out = set[str]()
     for has_bad in (True, False):
         some = sorted((s for s, kinds in sources.items() if (False in kinds) == has_bad), key=drawn)
-        held_out |= set(some[: max(round(share * len(some)), min(len(some) - 1, 1))])
+        held_out |= set(some[: min(max(round(share * len(some)), 1), len(some) - 1)])
     for side in (held_out, sources.keys() - held_out):
         kinds = set[bool]().union(*(sources[source] for source in side))
         if kinds != {True, False}:
-            count = {word: sum(kind in kinds for kinds in sources.values()) for word, kind in (("5", True), ("1", False))}
+            good, bad = (sum(kind in own for own in sources.values()) for kind in (True, False))
             raise ValueError(
-                f"labels of {count['5']} videos with a {GOOD} and of {count['1']} with a {BAD} cannot be split by video "
-                "into those that teach and those that measure: label clips of two more videos of each kind"
+                f"labels of {good} videos with a {GOOD} and of {bad} with a {BAD} cannot be split by video into those "
+                "that teach and those that measure: label clips of two more videos of each kind"
             )
     return held_out
