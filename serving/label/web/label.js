@@ -84,7 +84,9 @@ async function forward() {
 }
 
 function finish() {
-  say(clip() ? "That was the last clip. Load the page again for those that were skipped." : "All clips are labelled.");
+  const skipped = seen.some((clip) => clip.label === null);
+  if (!clip()) say("All clips are labelled.");
+  else say(`That was the last clip.${skipped ? " Load the page again for those that were skipped." : ""}`);
 }
 
 async function show(index) {

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from curation_help import CONFIG, is_good, write_true_labels, write_videos
-from test_reuse import modules, reached_from
 
 from genie_model.config import Config
 from genie_model.data import curation
@@ -211,12 +210,3 @@ def test_an_opt_out_hides_clips_everywhere_and_costs_one_part(copied: Path) -> N
     assert len(parts(scores_uri).keys() - whole.keys()) == 1, "that of no clips"
     again = VideoStore.open(curation.curate(CONFIG, data_uri, scores_uri, str(copied)) + "/train")
     assert again.num_episodes == 15
-
-
-def test_all_code_that_decides_a_probability_is_named() -> None:
-    """Beside the trainer's; what is left alone reads and writes files, draws, or measures what was decided."""
-    named = modules((*curation.TRAINER_CODE, *curation.CODE))
-    measures = {"metrics", "pictures"}
-    trains = reached_from("train")
-    assert reached_from("data.curation") - trains - measures <= named
-    assert {"data.curation", "data.labels", "resnet"} <= named
