@@ -116,5 +116,6 @@ class ClipClassifier(nn.Module):
     def logit(self, x_BTHWC: Tensor) -> Tensor:
         """Float32 (B,): its sigmoid is the probability of a good clip, were as many good as bad."""
         features_ND = self.net.features(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2))
-        logit_B1: Tensor = self.net.fc(features_ND.unflatten(0, x_BTHWC.shape[:2]).mean(1))
+        features_BTD = features_ND.view(*x_BTHWC.shape[:2], -1)
+        logit_B1: Tensor = self.net.fc(features_BTD.mean(1))
         return logit_B1.float()[:, 0]

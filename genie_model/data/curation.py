@@ -27,9 +27,9 @@ from sklearn.metrics import roc_auc_score
 
 from genie_model import checkpoint, files, metrics
 from genie_model.backend import native
-from genie_model.config import Config, CurationConfig, OptimizerConfig, StageConfig
+from genie_model.config import Config, OptimizerConfig, StageConfig
 from genie_model.data.labels import BAD, GOOD, episodes_of, held_out_sources, read_labels
-from genie_model.data.loader import Batch, ClipLoader, _shuffled
+from genie_model.data.loader import Batch, ClipLoader, shuffled
 from genie_model.data.shards import file_sizes, has_index, write_view
 from genie_model.data.store import VideoStore
 from genie_model.pictures import frame_table
@@ -37,6 +37,7 @@ from genie_model.progress import NoLog, RunLog, bar, speaks, summary
 from genie_model.resnet import ClipClassifier
 from genie_model.source import code_digest
 from genie_model.train import TRAINER_CODE, model_name, train_once
+from genie_model.video_config import CurationConfig
 
 CODE = ("data/curation.py", "data/labels.py", "resnet.py")  # what decides a clip's probability, beside the trainer
 _BATCH = 64  # clips at a time
@@ -92,7 +93,7 @@ class LabelledLoader(ClipLoader):
         turn, kind = divmod(step * self.batch_size + self._slice[row], 2)
         clips = self.by_kind[kind]
         epoch, position = divmod(turn, len(clips))
-        clip = clips[_shuffled(position, len(clips), self.seed, epoch)]
+        clip = clips[shuffled(position, len(clips), self.seed, epoch)]
         drawn = np.random.default_rng((self.seed, kind, turn)).random(self.clip_length)
         batch.frames_BTHWC[row] = spread_frames(self.store, clip.episode, drawn)
         assert batch.labels_B is not None
@@ -320,8 +321,10 @@ def curate(
         keep_E = keeps(part, some.read(scores_uri))
         kept += keep_E.sum(), train.lengths_in(some.shards)[keep_E].sum()
     if not kept[0]:
-        rule = f"curation.threshold={part.threshold:g} and curation.confidence={part.confidence:g}"
-        raise ValueError(f"no clip is kept by {rule}: lower them; {scores_uri} has the probabilities")
+        raise ValueError(
+            f"no clip is kept by curation.threshold={part.threshold:g} and curation.confidence={part.confidence:g}: "
+            f"lower them; {scores_uri} has the probabilities"
+        )
     rule = {"threshold": part.threshold, "confidence": part.confidence, "scores": scores_uri.rpartition("/")[2]}
     asked = hashlib.sha256(f"{rule} {[store.digest for store in stores.values()]}".encode()).hexdigest()
     uri = f"{root_uri.rstrip('/')}/datasets/curated-{asked[:12]}"

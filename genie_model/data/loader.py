@@ -97,7 +97,7 @@ class ClipLoader:
     def _read(self, batch: Batch, step: int, row: int) -> None:
         """Fills that row of the batch of this step."""
         epoch, position = divmod(step * self.batch_size + self._slice[row], len(self.clips))
-        episode, start = self.clips[_shuffled(position, len(self.clips), self.seed, epoch)]
+        episode, start = self.clips[shuffled(position, len(self.clips), self.seed, epoch)]
         batch.frames_BTHWC[row] = self.store.frames(episode, start, self.clip_length)
         if self.tokens and batch.codes_BTNC is not None:
             batch.codes_BTNC[row] = _as_codes(self.tokens.frames(episode, start, self.clip_length))
@@ -110,7 +110,7 @@ def _as_codes(tokens_TNC2: NDArray[np.uint8]) -> NDArray[np.uint16]:
     return tokens_TNC2.view("<u2")[..., 0]
 
 
-def _shuffled(position: int, size: int, seed: int, epoch: int) -> int:
+def shuffled(position: int, size: int, seed: int, epoch: int) -> int:
     """Where a random permutation of range(size) sends `position`, without making the permutation.
 
     A Feistel network permutes the numbers of an even count of bits whatever its round function is; following it from a

@@ -8,7 +8,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 from fsspec.core import url_to_fs
@@ -135,6 +135,12 @@ class VideoStore:
         rows = self.columns.rows_of(shards)
         lengths_N = self.columns.num_frames[rows]
         return lengths_N if self._hidden_N is None else lengths_N[~self._hidden_N[rows]]
+
+    def hashes_in(self, column: Literal["source", "owner", "digest"], shards: range) -> NDArray[np.uint64]:
+        """The hashes (columns.py) of what the episodes of these shards have there, in order; 0: nothing."""
+        rows = self.columns.rows_of(shards)
+        hash_N: NDArray[np.uint64] = getattr(self.columns, column)[rows]
+        return hash_N if self._hidden_N is None else hash_N[~self._hidden_N[rows]]
 
     def frames(self, episode: int, start: int, length: int) -> NDArray[np.uint8]:
         """uint8 (T,H,W,3), T = length; a copy. Raises ValueError outside the episode, or when the shard is damaged."""

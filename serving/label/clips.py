@@ -13,7 +13,7 @@ from PIL import Image
 
 from genie_model import files
 from genie_model.data.labels import BAD, GOOD, Label, episodes_of, read_labels, write_labels
-from genie_model.data.loader import _shuffled
+from genie_model.data.loader import shuffled
 from genie_model.data.store import VideoStore
 
 _SHEET_PIXELS = 12e6  # of one picture: about as many as browsers like
@@ -118,7 +118,7 @@ class Clips:
     def _episode(self, position: int) -> int:
         if not 0 <= position < len(self):
             raise IndexError(f"there is no clip {position}: the data set has {len(self)}")
-        return _shuffled(position, len(self), seed=0, epoch=0)
+        return shuffled(position, len(self), seed=0, epoch=0)
 
     def _about(self, position: int) -> dict[str, Any]:
         about = self.store.about(self._episode(position))
