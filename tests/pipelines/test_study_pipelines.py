@@ -93,7 +93,6 @@ def test_compiling_a_study_needs_no_torch() -> None:
         (["compile", "coinrun", "--seeds", "1"], "--seeds and --variant are for studies"),
         (["compile", "scaling", "--model", "world"], "--model is for cloning"),
         (["compile", "scaling", "--labels", "labels.json"], "--labels is for curation"),
-        (["compile", "curation", "--set", "curation.threshold=0"], "keep every clip: raise one to compare"),
         (["run", "lam_inputs", "--preset", "tiny", "--variant", "pixel"], "did you mean 'pixels'"),
         (["report", "lam_inputs", "--state", "nowhere"], "there is no MLflow store"),
         (["report", "lam_inputs", "--tracking-uri", "sqlite:///empty.db"], "no experiment 'genie'"),
