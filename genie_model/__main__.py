@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         config = get_preset(args.preset).with_overrides(*args.set)
-        text = _describe(args, config) if args.command == "describe" else _run(args, config)
+        text = {"describe": _describe, "prompts": _prompts}.get(args.command, _run)(args, config)
     except (ValueError, OSError) as error:
         print(f"genie_model: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     collect = commands.add_parser("collect", help="record CoinRun; prints the data set's URI last")
     tokenizer = commands.add_parser("train-tokenizer", help="train the video tokenizer; prints its URI last")
     world = commands.add_parser("train-world", help="co-train LAM and dynamics; prints the model's URI last")
+    prompts = commands.add_parser("prompts", help="enter a world from pictures (Figure 10); prints where the page lies")
     for command in commands.choices.values():
         command.add_argument("preset", help=f"one of {', '.join(preset_names())}")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
@@ -72,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
             "--study", default={}, type=json.loads, metavar="JSON", help="where in a study the run belongs"
         )
     world.add_argument("--tokenizer", required=True, metavar="URI", help="a trained tokenizer")
+    prompts.add_argument("--model", required=True, metavar="URI", help="a trained world model")
+    prompts.add_argument("--images", default="", metavar="URI", help="a folder of pictures; default: samples made here")
+    prompts.add_argument("--out", required=True, metavar="URI", help="a folder for page, pictures and figures")
     return parser
 
 
@@ -84,6 +88,13 @@ def _describe(args: argparse.Namespace, config: Config) -> str:
     from genie_model.mesh_report import report
 
     return report(config, Mesh.parse(args.mesh))
+
+
+def _prompts(args: argparse.Namespace, config: Config) -> str:
+    from genie_model.prompts import play_prompts
+
+    play_prompts(config, args.model, args.images).save(args.out, f"{args.model} from pictures")
+    return f"{args.out}/index.html"
 
 
 def _run(args: argparse.Namespace, config: Config) -> str:
