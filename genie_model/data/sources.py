@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import csv
 import io
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -144,7 +145,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class FileVideo(Video):
-    """A file of any container and codec that FFmpeg's libraries read."""
+    """A file of any container and codec that FFmpeg's libraries read, or the seconds of one from `start` to `stop`."""
+
+    start: float = 0.0
+    stop: float = math.inf
 
     def frames(self, framing: Framing, note: Note = no_note) -> Iterator[NDArray[np.uint8]]:
         from genie_model.data.video import decode  # PyAV is the video extra's
@@ -155,7 +159,7 @@ class FileVideo(Video):
         except OSError as error:
             raise Rejected("missing", f"{type(error).__name__}: {error}") from None
         with file:
-            yield from decode(file, framing, note)
+            yield from decode(file, framing, note, self.start, self.stop)
 
 
 def videos_at(source_uri: str) -> Listing:
@@ -163,9 +167,14 @@ def videos_at(source_uri: str) -> Listing:
 
     A manifest's columns are uri (or path), relative to its own folder or not, and title, description, owner, licence
     and id where there are such; others become provenance. Every file of a folder is a video, or is rejected with a
-    reason; its title is its name. Hidden ones and manifests are passed over. Raises ValueError when nothing is there.
+    reason; its title is its name. Hidden ones and manifests are passed over. Robot episodes (RLDS and LeRobot folders)
+    are told by what lies there (robotics.py). Raises ValueError when nothing is there.
     """
+    from genie_model.data.robotics import episodes_at  # it is built on this file
+
     source_uri = source_uri.rstrip("/")
+    if episodes := episodes_at(source_uri):
+        return episodes
     fs, root = url_to_fs(source_uri)
     if PurePosixPath(root).suffix.lower() in _MANIFESTS and fs.isfile(root):
         return Listing(source_uri, "manifest", lambda: _of_manifest(source_uri))
@@ -201,14 +210,9 @@ def _of_manifest(manifest_uri: str) -> Iterator[Video]:
         if not place:
             raise ValueError(f"{manifest_uri}: row {number + 1} has no uri or path")
         uri = place if "://" in place or place.startswith("/") else f"{folder}/{place}"
-        fs, path = url_to_fs(uri)
-        try:
-            version = _version(fs.info(path))
-        except OSError:
-            version = "missing"
         about = {name: value for name, value in row.items() if name not in known}
-        texts = {name: row.get(name, "") for name in _TEXTS}
-        yield FileVideo(row.get("id") or place, uri, version=version, about=about, **texts)
+        texts: dict[str, Any] = {name: row.get(name, "") for name in _TEXTS}
+        yield FileVideo(row.get("id") or place, uri, version=version_at(uri), about=about, **texts)
 
 
 def _rows(manifest_uri: str) -> Iterator[dict[str, str]]:
@@ -224,6 +228,15 @@ def _rows(manifest_uri: str) -> Iterator[dict[str, str]]:
             rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
         for row in rows:
             yield {str(name): str(value).strip() for name, value in row.items() if name and value not in (None, "")}
+
+
+def version_at(uri: str) -> str:
+    """What changes when the file's bytes do; "missing" where there is none."""
+    fs, path = url_to_fs(uri)
+    try:
+        return _version(fs.info(path))
+    except OSError:
+        return "missing"
 
 
 def _version(info: Mapping[str, Any]) -> str:
