@@ -123,6 +123,7 @@ def test_all_code_that_decides_the_figures_is_named() -> None:
     """What is left alone only reads and writes files, draws pictures, or trains."""
     reads = {"cache", "checkpoint", "config", "config_node", "data.shards", "files", "source", "video_config"}
     trains = {
+        "backend.capture",
         "backend.processes",
         "backend.seam",
         "backend.sharding",
