@@ -169,7 +169,7 @@ def scatter(
 def arrows(motion_PA2: ArrayLike) -> Picture:
     """How far and where the screen moved: for each action a plot of one arrow (down, right) for each prompt.
 
-    The mean is red. The longest twentieth run out of the plot: few that go far astray would leave the others no room.
+    The median is red. The longest twentieth run out of the plot: few that go astray would leave the others no room.
     """
     motion = np.asarray(motion_PA2, np.float64)
     reach = max(1.2 * float(np.quantile(np.abs(motion), 0.95)), 1.0)
@@ -180,7 +180,9 @@ def arrows(motion_PA2: ArrayLike) -> Picture:
         down_P, right_P = motion[:, action].T
         still_P = np.zeros_like(down_P)
         axes.quiver(still_P, still_P, right_P, down_P, angles="xy", scale_units="xy", scale=1, alpha=0.5, width=0.015)
-        axes.quiver(0, 0, right_P.mean(), down_P.mean(), angles="xy", scale_units="xy", scale=1, color="C3", width=0.03)
+        axes.quiver(
+            0, 0, np.median(right_P), np.median(down_P), angles="xy", scale_units="xy", scale=1, color="C3", width=0.03
+        )
         axes.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal", title=f"action {action + 1}")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("pixels on screen")

@@ -152,20 +152,20 @@ def consistency(motion_PA2: Floats) -> dict[str, Estimate | float]:
     """What the motion (down, right) of the screen says about actions held from several prompts.
 
     `motion_explained`: the share of its variance that the action explains, fitted on half of the prompts and tried on
-    the rest: 1 where an action does the same everywhere, about 0 where it does what it likes. `direction_agreement`:
-    the mean cosine between one action's directions in two prompts, and `direction_of_others` that between different
-    actions', which a world that heeds none scores as well. `moved`: the share of cells where anything moved.
+    the rest: 1 where an action does the same everywhere, about 0 where it does what it likes. `direction_explained`:
+    the same of directions, whose length is 1 or, where nothing moved, 0, so that no prompt that goes astray outweighs
+    the others. `direction_agreement`: the mean cosine between one action's directions in two prompts, and
+    `direction_of_others` that between different actions', which a world that heeds none scores as well. `moved`: the
+    share of prompts and actions where anything moved.
     """
     num_prompts, num_actions, _ = motion_PA2.shape
     actions_N, prompts_N = np.tile(np.arange(num_actions), num_prompts), np.arange(num_prompts).repeat(num_actions)
-    motion_N2 = motion_PA2.reshape(-1, 2)
     length_PA = np.linalg.norm(motion_PA2, axis=-1)
     moved_PA = length_PA >= _MOVED
     unit_PA2 = motion_PA2 * (moved_PA / np.maximum(length_PA, _MOVED))[..., None]
     return {
-        "motion_explained": metrics.explained_variance(actions_N, motion_N2, prompts_N),
-        "motion_y_explained": metrics.explained_variance(actions_N, motion_N2[:, 0], prompts_N),
-        "motion_x_explained": metrics.explained_variance(actions_N, motion_N2[:, 1], prompts_N),
+        "motion_explained": metrics.explained_variance(actions_N, motion_PA2.reshape(-1, 2), prompts_N),
+        "direction_explained": metrics.explained_variance(actions_N, unit_PA2.reshape(-1, 2), prompts_N),
         "direction_agreement": _jackknife(lambda keep_P: _agreement(unit_PA2[keep_P])[0], num_prompts),
         "direction_of_others": _jackknife(lambda keep_P: _agreement(unit_PA2[keep_P])[1], num_prompts),
         "moved": metrics.mean_over_levels(moved_PA.ravel(), prompts_N),
@@ -205,13 +205,16 @@ def _named(kind: str, motion_PA2: Floats) -> dict[str, float]:
 
 
 def _headline(config: Config, found: dict[str, float]) -> str:
+    def shown(name: str) -> str:
+        return f"{found[name]:.2f} ± {found[f'{name}_ci95']:.2f}"
+
     text = (
-        f"motion explained by the action held {config.prompts.hold} times {found['motion_explained']:.0%} "
-        f"± {found['motion_explained_ci95']:.0%}; one action's directions agree by {found['direction_agreement']:.2f} "
+        f"each action held {config.prompts.hold} times explains {shown('direction_explained')} of where the screen "
+        f"moves; its directions agree by {shown('direction_agreement')} "
         f"(different actions' {found['direction_of_others']:.2f}); {found['moved']:.0%} moved"
     )
-    starts = f"{HELD_OUT}/motion_explained"
-    return f"{text}; from held-out frames {found[starts]:.0%} explained" if starts in found else text
+    starts = f"{HELD_OUT}/direction_explained"
+    return f"{text}; from held-out frames {shown(starts)} is explained" if starts in found else text
 
 
 def _pictures_in(uri: str) -> dict[str, bytes]:

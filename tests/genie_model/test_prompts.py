@@ -60,6 +60,7 @@ def test_a_world_whose_actions_do_the_same_everywhere_scores_high(prompts: Promp
     played = measure(CONFIG, World(heeds=True), prompts)  # type: ignore[arg-type]
     found = played.metrics
     assert found["motion_explained"] > 0.98
+    assert found["direction_explained"] > 0.98
     assert found["direction_agreement"] > 0.98
     assert found["direction_of_others"] == pytest.approx(-1 / 3, abs=0.02)  # one of the three others is opposite
     assert found["moved"] == 1
@@ -73,6 +74,7 @@ def test_a_world_whose_actions_differ_from_prompt_to_prompt_scores_low(prompts: 
     found = measure(CONFIG, World(heeds=False), prompts).metrics  # type: ignore[arg-type]
     assert found["moved"] == 1
     assert found["motion_explained"] < 0.1
+    assert found["direction_explained"] < 0.1
     assert found["direction_agreement"] < 0.3
     assert found["direction_agreement_ci95"] > 0
 
@@ -102,6 +104,16 @@ def test_agreement_is_the_mean_over_pairs_of_prompts() -> None:
                     if p != q and unit[p, a].any() and unit[q, b].any():
                         pairs[a == b].append(float(unit[p, a] @ unit[q, b]))
     assert _agreement(unit) == pytest.approx((np.mean(pairs[True]), np.mean(pairs[False])))
+
+
+def test_a_prompt_that_goes_astray_does_not_outweigh_the_others() -> None:
+    motion = np.stack([MOVES.numpy() * (1 + prompt / 10) for prompt in range(10)])
+    motion[3] = [[90, 0], [-90, 0], [0, 90], [0, -90]]
+    found = consistency(motion)
+    for name, low, high in (("motion_explained", -1, 0.1), ("direction_explained", 0.7, 0.9)):
+        value, ci95 = np.ravel(found[name])
+        assert low < value < high
+        assert ci95 > 0
 
 
 def test_where_nothing_moves_nothing_agrees() -> None:
