@@ -42,6 +42,7 @@ TRAINER_CODE = (
     "backend/xla.py",
     "chance.py",
     "collectives.py",
+    "data/codecs.py",
     "data/loader.py",
     "data/store.py",
     "layers.py",

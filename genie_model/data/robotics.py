@@ -11,6 +11,7 @@ else the first. Another one is asked for behind a `#`: gs://bucket/droid/1.0.0#w
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import struct
@@ -25,10 +26,11 @@ from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 from PIL import Image
 
-from genie_model import files
-from genie_model.data.sources import FileVideo, Framing, Listing, Note, Rejected, Video, no_note, version_at
+from genie_model import cache, files
+from genie_model.data.sources import FileVideo, Framing, Listing, Note, Rejected, Video, no_note, version_of
 
-_SHARD = re.compile(r"(.+-(?P<split>[^-]+)\.tfrecord)-(?P<index>\d{5})-of-(?P<total>\d{5})")
+_SHARD = re.compile(r"(.+-([^-]+)\.tfrecord)-\d{5}-of-(\d{5})")  # what comes before the number, split, shards
+_HEAD = 12  # bytes of a record before its payload: the length, and its checksum
 _LEN = 2  # protobuf's wire type of what brings its length
 _EPISODE_TEXTS = ["episode_index", "tasks", "length"]
 
@@ -67,6 +69,12 @@ def _json(uri: str) -> Any:
         raise ValueError(f"{uri} is broken: {error}") from None
 
 
+def _files_in(uri: str) -> dict[str, Mapping[str, Any]]:
+    """What a listing tells of each file in the folder, by name: one request for them all."""
+    fs, path = url_to_fs(uri)
+    return {PurePosixPath(info["name"]).name: info for info in fs.ls(path, detail=True)} if fs.exists(path) else {}
+
+
 # --- RLDS: an episode is a record, its steps are lists in one tf.train.Example ---
 
 
@@ -81,7 +89,8 @@ class RldsEpisode(Video):
     def frames(self, framing: Framing, note: Note = no_note) -> Iterator[NDArray[np.uint8]]:
         fs, path = url_to_fs(self.uri.partition("#")[0])
         try:
-            record = fs.cat_file(path, self.offset, self.offset + self.size) if self.size else b""
+            end = self.offset + self.size
+            record = cache.try_again(self.uri, lambda: fs.cat_file(path, self.offset, end)) if self.size else b""
         except (FileNotFoundError, PermissionError) as error:
             raise Rejected("missing", f"{type(error).__name__}: {error}") from None
         note("every step is a frame: RLDS names no rate")
@@ -123,67 +132,54 @@ def _of_rlds(
     uri: str, feature: str, texts: Mapping[str, str], lengths: Mapping[str, list[int]]
 ) -> Iterator[RldsEpisode]:
     """All records of all shards, those too that dataset_info.json promises and that are not there: to be rejected."""
-    for name, match in _shards(uri):
-        path, declared = f"{uri}/{name}", lengths.get(match["split"], [])
-        there = files.exists(path)
-        places = list(_records(path)) if there else [(0, 12)]
-        promised = declared[int(match["index"])] if int(match["index"]) < len(declared) else 0
-        places += [(sum(places[-1]), 0)] * (promised - len(places))
-        about = {"camera": feature.removeprefix("steps/"), "split": match["split"]}
-        for number, (offset, size) in enumerate(places):
-            yield RldsEpisode(
-                f"{name}#{number:05d}/{about['camera']}",
-                f"{path}#{number:05d}",
-                version=version_at(path),
-                about=about,
-                offset=offset,
-                size=size,
-                feature=feature,
-                **texts,
-            )
-
-
-def _shards(uri: str) -> Iterator[tuple[str, re.Match[str]]]:
-    """All shards of all splits by name, also those that are missing."""
-    present = [match for name in files.names(uri) if (match := _SHARD.fullmatch(name))]
-    for stem, total in sorted({(match[1], int(match["total"])) for match in present}):
+    present, camera = _files_in(uri), feature.removeprefix("steps/")
+    stems = sorted({(match[1], match[2], int(match[3])) for name in present if (match := _SHARD.fullmatch(name))})
+    for stem, split, total in stems:
         for index in range(total):
             name = f"{stem}-{index:05d}-of-{total:05d}"
-            match = _SHARD.fullmatch(name)
-            assert match
-            yield name, match
+            version = version_of(present[name]) if name in present else "missing"
+            found = list(_records(f"{uri}/{name}", present[name]["size"])) if name in present else [(0, _HEAD)]
+            lost = sum(lengths.get(split, [])[index : index + 1]) - len(found)
+            for number, (offset, size) in enumerate(itertools.chain(found, itertools.repeat((0, 0), max(lost, 0)))):
+                yield RldsEpisode(
+                    f"{name}#{number:05d}/{camera}",
+                    f"{uri}/{name}#{number:05d}",
+                    version=version,
+                    about={"camera": camera, "split": split},
+                    offset=offset,
+                    size=size,
+                    feature=feature,
+                    **texts,
+                )
 
 
-def _records(uri: str) -> Iterator[tuple[int, int]]:
+def _records(uri: str, end: int) -> Iterator[tuple[int, int]]:
     """(offset, bytes) of every record, by their heads alone; a broken one hides those behind it, and is the last."""
-    fs, path = url_to_fs(uri)
-    end, offset = fs.size(path), 0
-    if not end:
-        yield 0, 0
+    (fs, path), offset = url_to_fs(uri), 0
     while offset < end:
-        length = _length(fs.cat_file(path, offset, min(offset + 12, end)))
-        yield offset, 12 if length is None else length + 16
+        length = _length(cache.try_again(uri, partial(fs.cat_file, path, offset, min(offset + _HEAD, end))))
+        yield offset, _HEAD if length is None else length + 16
         offset = end if length is None else offset + length + 16
 
 
 def _length(head: bytes) -> int | None:
-    """The payload's, as a TFRecord's first 12 bytes say; None where they are broken."""
-    if len(head) < 12 or _masked_crc(head[:8]) != struct.unpack("<I", head[8:12])[0]:
+    """The payload's, as a record's head says; None where it is broken."""
+    if len(head) < _HEAD or _masked_crc(head[:8]) != struct.unpack("<I", head[8:12])[0]:
         return None
     return int(struct.unpack("<Q", head[:8])[0])
 
 
 def _payload(record: bytes) -> memoryview:
     """Raises Rejected where a checksum is wrong, or something is missing."""
-    if len(record) < 12:
+    if len(record) < _HEAD:
         raise Rejected("truncated", "the shard ends before this record")
     if (length := _length(record)) is None:
         raise Rejected("corrupt", "the record's length fails its checksum")
     if len(record) < length + 16:
         raise Rejected("truncated", f"{len(record):,} bytes of a record of {length + 16:,}")
-    if _masked_crc(record[12 : 12 + length]) != struct.unpack("<I", record[12 + length :][:4])[0]:
+    if _masked_crc(record[_HEAD:-4]) != struct.unpack("<I", record[-4:])[0]:
         raise Rejected("corrupt", "the record fails its checksum")
-    return memoryview(record)[12 : 12 + length]
+    return memoryview(record)[_HEAD:-4]
 
 
 def _masked_crc(data: bytes) -> int:
@@ -265,15 +261,18 @@ def _of_lerobot(uri: str, info: Mapping[str, Any], camera: str) -> Iterator[Vide
     licence, fps = _licence(f"{uri}/README.md"), float(info["fps"])
     about = {"camera": camera, "robot": str(info.get("robot_type") or "unknown")}
     is_v2 = info["codebase_version"].startswith("v2.")
-    version, of_file = "", ""
+    folder, present = "", dict[str, Mapping[str, Any]]()
     for row in _v2_episodes(uri) if is_v2 else _v3_episodes(uri, camera):
         number = int(row["episode_index"])
         place = {"episode_chunk": number // int(info.get("chunks_size", 1000)), "episode_index": number}
         if not is_v2:
             place = {name: int(row[f"videos/{camera}/{name}"]) for name in ("chunk_index", "file_index")}
         file = f"{uri}/{info['video_path'].format(video_key=camera, **place)}"
-        if file != of_file:  # those of one file follow each other
-            version, of_file = version_at(file), file
+        if file.rpartition("/")[0] != folder:  # those of one folder follow each other
+            folder = file.rpartition("/")[0]
+            present = _files_in(folder)
+        found = present.get(file.rpartition("/")[2])
+        version = version_of(found) if found else "missing"
         known: dict[str, Any] = {"licence": licence, "version": version, "about": about}
         known["title"] = "; ".join(row.get("tasks") or [])
         name = f"episode_{number:06d}/{camera}"

@@ -20,6 +20,9 @@ from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 from PIL import Image
 
+from genie_model import cache
+from genie_model.files import is_local
+
 Reason = Literal[
     "missing",  # no such file, or it may not be read
     "empty",  # a file of zero bytes
@@ -35,7 +38,6 @@ Reason = Literal[
     "too short",  # for one clip
     "keywords",  # the filter's words did not want its title or description
     "opted out",
-    "listed twice",  # a later row of a manifest with an id that was there already
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 Note = Callable[[str], object]  # is told what was done to a video that is not plain, as "turned by 90 degrees"
@@ -155,8 +157,8 @@ class FileVideo(Video):
 
         fs, path = url_to_fs(self.uri)
         try:
-            file = fs.open(path, "rb", block_size=1 << 20)
-        except OSError as error:
+            file = cache.try_again(self.uri, lambda: fs.open(path, "rb", block_size=1 << 20))
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             raise Rejected("missing", f"{type(error).__name__}: {error}") from None
         with file:
             yield from decode(file, framing, note, self.start, self.stop)
@@ -167,8 +169,10 @@ def videos_at(source_uri: str) -> Listing:
 
     A manifest's columns are uri (or path), relative to its own folder or not, and title, description, owner, licence
     and id where there are such; others become provenance. Every file of a folder is a video, or is rejected with a
-    reason; its title is its name. Hidden ones and manifests are passed over. Robot episodes (RLDS and LeRobot folders)
-    are told by what lies there (robotics.py). Raises ValueError when nothing is there.
+    reason; its title is its name. Hidden ones and manifests are passed over. A bucket's files that a manifest names are
+    not asked for their size one by one: where they change under their names, a column (etag, say) has to tell. Robot
+    episodes (RLDS and LeRobot folders) are told by what lies there (robotics.py). Raises ValueError when nothing is
+    there, and, as it is read, for a manifest that is damaged.
     """
     from genie_model.data.robotics import episodes_at  # it is built on this file
 
@@ -188,7 +192,7 @@ def _of_folder(source_uri: str) -> Iterator[Video]:
     for info in _files_below(fs, root.rstrip("/")):
         below = PurePosixPath(info["name"]).relative_to(root.rstrip("/") or "/")
         title = below.stem.replace("_", " ").replace("-", " ")
-        yield FileVideo(str(below), f"{source_uri}/{below}", title, version=_version(info))
+        yield FileVideo(str(below), f"{source_uri}/{below}", title, version=version_of(info))
 
 
 def _files_below(fs: Any, folder: str) -> Iterator[Mapping[str, Any]]:
@@ -210,9 +214,19 @@ def _of_manifest(manifest_uri: str) -> Iterator[Video]:
         if not place:
             raise ValueError(f"{manifest_uri}: row {number + 1} has no uri or path")
         uri = place if "://" in place or place.startswith("/") else f"{folder}/{place}"
+        version = version_of(_local_info(uri)) if is_local(uri) else ""
         about = {name: value for name, value in row.items() if name not in known}
         texts: dict[str, Any] = {name: row.get(name, "") for name in _TEXTS}
-        yield FileVideo(row.get("id") or place, uri, version=version_at(uri), about=about, **texts)
+        yield FileVideo(row.get("id") or place, uri, version=version, about=about, **texts)
+
+
+def _local_info(uri: str) -> Mapping[str, Any]:
+    fs, path = url_to_fs(uri)
+    try:
+        found: Mapping[str, Any] = fs.info(path)
+    except OSError:
+        return {}
+    return found
 
 
 def _rows(manifest_uri: str) -> Iterator[dict[str, str]]:
@@ -226,20 +240,14 @@ def _rows(manifest_uri: str) -> Iterator[dict[str, str]]:
             rows = (row for batch in pq.ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
         else:
             rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
-        for row in rows:
-            yield {str(name): str(value).strip() for name, value in row.items() if name and value not in (None, "")}
+        try:
+            for row in rows:
+                yield {str(name): str(value).strip() for name, value in row.items() if name and value not in (None, "")}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{manifest_uri} is no CSV in UTF-8: {error}") from None
 
 
-def version_at(uri: str) -> str:
-    """What changes when the file's bytes do; "missing" where there is none."""
-    fs, path = url_to_fs(uri)
-    try:
-        return _version(fs.info(path))
-    except OSError:
-        return "missing"
-
-
-def _version(info: Mapping[str, Any]) -> str:
+def version_of(info: Mapping[str, Any]) -> str:
     """A file's size and checksum, or its time of change where its store has none."""
     marks = ("ETag", "etag", "md5Hash", "crc32c", "mtime", "LastModified", "updated", "created")
     mark = next((str(info[name]) for name in marks if info.get(name)), "")

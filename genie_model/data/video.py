@@ -30,6 +30,7 @@ _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,asf,ogg
 _SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same bytes on every machine
 _MAX_GAP = 60.0  # seconds for which a picture may stand still
 _MAX_BACK = 1.0  # seconds that a timestamp may go back; such frames are dropped
+_MAX_MISSING = 0.5  # seconds, and a hundredth, that a video may end early: heads are not exact
 _MAX_RATE = 1000  # source frames in a second
 _UNSPECIFIED = 2  # FFmpeg's AVCOL_SPC_UNSPECIFIED
 _HD_HEIGHT = 720  # from here on colours that are not said are BT.709's, below BT.601's
@@ -45,7 +46,8 @@ def decode(
 
     Raises Rejected. An error of `file` itself, such as a bucket that does not answer, is raised as it is.
     """
-    if not file.read(1):
+    head = file.read(8)
+    if not head:
         raise Rejected("empty", "0 bytes")
     file.seek(0)
     try:
@@ -58,7 +60,9 @@ def decode(
             io_open=_no_other_file,
         )
     except av.FFmpegError as error:
-        raise Rejected("not a video", str(error)) from None
+        if head[4:] == b"ftyp":  # the index of a film is often written last, and cannot be done without
+            raise Rejected("truncated", "an MP4 whose index (moov) is missing or damaged") from None
+        raise Rejected("not a video", _words(error)) from None
     with container:
         stream = _picture_stream(container, framing)
         if start:
@@ -69,6 +73,10 @@ def decode(
 
 def _no_other_file(url: str, flags: int, options: Any) -> None:
     raise PermissionError(f"the video wants to open {url}")
+
+
+def _words(error: av.FFmpegError) -> str:
+    return error.strerror or str(error)
 
 
 def _picture_stream(container: InputContainer, framing: Framing) -> VideoStream:
@@ -118,9 +126,9 @@ def _pictures(
                 if seconds >= start - 1e-6:
                     yield seconds, float(frame.duration * frame.time_base), frame
     except av.FFmpegError as error:
-        raise Rejected("corrupt", f"after {reached:.1f} s: {error}") from None
+        raise Rejected("corrupt", f"after {reached:.1f} s: {_words(error)}") from None
     expected = min(announced, stop)
-    if reached < expected - 1 - expected / 100:
+    if reached < expected * 0.99 - _MAX_MISSING:
         raise Rejected("truncated", f"{reached:.1f} s of {expected:.1f} s")
 
 
