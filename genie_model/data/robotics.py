@@ -10,14 +10,16 @@ else the first. Another one is asked for behind a `#`: gs://bucket/droid/1.0.0#w
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
 import re
 import struct
+from array import array
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -31,6 +33,8 @@ from genie_model.data.sources import FileVideo, Framing, Listing, Note, Rejected
 
 _SHARD = re.compile(r"(.+-([^-]+)\.tfrecord)-\d{5}-of-(\d{5})")  # what comes before the number, split, shards
 _HEAD = 12  # bytes of a record before its payload: the length, and its checksum
+_MAX_RECORD = 1 << 31  # bytes: protobuf's own limit
+_SHARDS_AT_ONCE = 16
 _LEN = 2  # protobuf's wire type of what brings its length
 _EPISODE_TEXTS = ["episode_index", "tasks", "length"]
 
@@ -113,7 +117,7 @@ def _rlds(uri: str, camera: str) -> Listing:
         "licence": str((info.get("redistributionInfo") or {}).get("license", "")),
     }
     lengths = {split["name"]: [int(n) for n in split.get("shardLengths", [])] for split in info.get("splits", [])}
-    return Listing(uri, "RLDS", partial(_of_rlds, uri, feature, texts, lengths))
+    return Listing(uri, "RLDS", functools.partial(_of_rlds, uri, feature, texts, lengths))
 
 
 def _colour_images(node: Mapping[str, Any], path: str) -> Iterator[str]:
@@ -134,13 +138,15 @@ def _of_rlds(
     """All records of all shards, those too that dataset_info.json promises and that are not there: to be rejected."""
     present, camera = _files_in(uri), feature.removeprefix("steps/")
     stems = sorted({(match[1], match[2], int(match[3])) for name in present if (match := _SHARD.fullmatch(name))})
-    for stem, split, total in stems:
-        for index in range(total):
-            name = f"{stem}-{index:05d}-of-{total:05d}"
-            version = version_of(present[name]) if name in present else "missing"
-            found = list(_records(f"{uri}/{name}", present[name]["size"])) if name in present else [(0, _HEAD)]
-            lost = sum(lengths.get(split, [])[index : index + 1]) - len(found)
-            for number, (offset, size) in enumerate(itertools.chain(found, itertools.repeat((0, 0), max(lost, 0)))):
+    shards = [(f"{stem}-{i:05d}-of-{total:05d}", split, i) for stem, split, total in stems for i in range(total)]
+    versions = [version_of(present[name]) if name in present else "missing" for name, _, _ in shards]
+    pool = ThreadPoolExecutor(_SHARDS_AT_ONCE)
+    try:
+        scanned = pool.map(_record_sizes, [f"{uri}/{name}" for name, _, _ in shards], versions)
+        for (name, split, index), version, sizes in zip(shards, versions, scanned, strict=True):
+            lost = sum(lengths.get(split, [])[index : index + 1]) - len(sizes)
+            offset = 0
+            for number, size in enumerate(itertools.chain(sizes, itertools.repeat(0, max(lost, 0)))):
                 yield RldsEpisode(
                     f"{name}#{number:05d}/{camera}",
                     f"{uri}/{name}#{number:05d}",
@@ -151,22 +157,31 @@ def _of_rlds(
                     feature=feature,
                     **texts,
                 )
+                offset += size
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _records(uri: str, end: int) -> Iterator[tuple[int, int]]:
-    """(offset, bytes) of every record, by their heads alone; a broken one hides those behind it, and is the last."""
-    (fs, path), offset = url_to_fs(uri), 0
+@functools.cache  # 8 bytes a record: a source is listed several times, and each head is a request to a bucket
+def _record_sizes(uri: str, version: str) -> array[int]:
+    """Bytes of every record, by their heads alone; a broken one hides those behind it, and is the last."""
+    if version == "missing":
+        return array("Q", [_HEAD])
+    fs, path = url_to_fs(uri)
+    sizes, offset, end = array("Q"), 0, fs.size(path)
     while offset < end:
-        length = _length(cache.try_again(uri, partial(fs.cat_file, path, offset, min(offset + _HEAD, end))))
-        yield offset, _HEAD if length is None else length + 16
-        offset = end if length is None else offset + length + 16
+        length = _length(cache.try_again(uri, functools.partial(fs.cat_file, path, offset, min(offset + _HEAD, end))))
+        sizes.append(_HEAD if length is None else length + 16)
+        offset = end if length is None else offset + sizes[-1]
+    return sizes
 
 
 def _length(head: bytes) -> int | None:
     """The payload's, as a record's head says; None where it is broken."""
     if len(head) < _HEAD or _masked_crc(head[:8]) != struct.unpack("<I", head[8:12])[0]:
         return None
-    return int(struct.unpack("<Q", head[:8])[0])
+    length = int(struct.unpack("<Q", head[:8])[0])
+    return length if length < _MAX_RECORD else None
 
 
 def _payload(record: bytes) -> memoryview:
@@ -174,7 +189,7 @@ def _payload(record: bytes) -> memoryview:
     if len(record) < _HEAD:
         raise Rejected("truncated", "the shard ends before this record")
     if (length := _length(record)) is None:
-        raise Rejected("corrupt", "the record's length fails its checksum")
+        raise Rejected("corrupt", "the record's length is broken")
     if len(record) < length + 16:
         raise Rejected("truncated", f"{len(record):,} bytes of a record of {length + 16:,}")
     if _masked_crc(record[_HEAD:-4]) != struct.unpack("<I", record[-4:])[0]:
@@ -249,7 +264,7 @@ def _lerobot(uri: str, camera: str) -> Listing:
     if not re.match(r"v[23]\.", version):
         raise ValueError(f"{uri} is of LeRobot's version {version or 'unknown'}: v2 and v3 are read; convert it")
     feature = _camera([name for name, about in info["features"].items() if _is_colour_video(about)], camera, uri)
-    return Listing(uri, f"LeRobot {version}", partial(_of_lerobot, uri, info, feature))
+    return Listing(uri, f"LeRobot {version}", functools.partial(_of_lerobot, uri, info, feature))
 
 
 def _is_colour_video(feature: Mapping[str, Any]) -> bool:

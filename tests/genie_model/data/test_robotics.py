@@ -213,6 +213,7 @@ WHOLE = record(episode(0))
         (WHOLE + WHOLE[:100], ["", "truncated"]),
         (WHOLE[:200] + b"!" + WHOLE[201:] + WHOLE, ["corrupt", ""]),  # its neighbour is found all the same
         (b"!" + WHOLE[1:] + WHOLE, ["corrupt"]),  # where the next one begins nobody knows
+        (struct.pack("<Q", 1 << 40) + masked(struct.pack("<Q", 1 << 40)) + WHOLE, ["corrupt"]),  # a terabyte
         (record(b"\x0f no protobuf") + WHOLE, ["corrupt", ""]),
         (record(part(1, b"\x0a\xff")) + WHOLE, ["corrupt", ""]),
         (record(b"") + WHOLE, ["no picture", ""]),
@@ -347,8 +348,12 @@ def test_each_episode_is_its_own_frames_and_no_action_is_read(write: Callable[[P
         assert video.title == f"task {number}"
         assert video.licence == "apache-2.0"
         assert video.about == {"camera": CAMERA, "robot": "so100"}
-    twice = frames_of(videos[1], Framing(fps=2 * NATIVE_FPS, height=24, width=32)).mean((1, 2, 3))
+    twice, half = (
+        frames_of(videos[1], Framing(fps=fps, height=24, width=32)).mean((1, 2, 3))
+        for fps in (2 * NATIVE_FPS, NATIVE_FPS / 2)
+    )
     np.testing.assert_allclose(twice, np.repeat(shade(1, 4), 2), atol=3)
+    np.testing.assert_allclose(half, shade(1, 4)[::2], atol=3)
 
 
 def test_a_file_of_lerobot_that_is_missing_or_broken_rejects_its_own_episodes(tmp_path: Path) -> None:
