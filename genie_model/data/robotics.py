@@ -263,7 +263,9 @@ def _lerobot(uri: str, camera: str) -> Listing:
     version = str(info.get("codebase_version", ""))
     if not re.match(r"v[23]\.", version):
         raise ValueError(f"{uri} is of LeRobot's version {version or 'unknown'}: v2 and v3 are read; convert it")
-    feature = _camera([name for name, about in info["features"].items() if _is_colour_video(about)], camera, uri)
+    feature = _camera(
+        [name for name, about in info.get("features", {}).items() if _is_colour_video(about)], camera, uri
+    )
     return Listing(uri, f"LeRobot {version}", functools.partial(_of_lerobot, uri, info, feature))
 
 
@@ -273,6 +275,13 @@ def _is_colour_video(feature: Mapping[str, Any]) -> bool:
 
 
 def _of_lerobot(uri: str, info: Mapping[str, Any], camera: str) -> Iterator[Video]:
+    try:
+        yield from _episodes(uri, info, camera)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"what {uri}/meta says of the episodes is damaged: {type(error).__name__}: {error}") from None
+
+
+def _episodes(uri: str, info: Mapping[str, Any], camera: str) -> Iterator[FileVideo]:
     licence, fps = _licence(f"{uri}/README.md"), float(info["fps"])
     about = {"camera": camera, "robot": str(info.get("robot_type") or "unknown")}
     is_v2 = info["codebase_version"].startswith("v2.")

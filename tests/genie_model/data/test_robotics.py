@@ -378,6 +378,18 @@ def test_a_version_or_camera_that_is_not_known_is_one_clear_error(tmp_path: Path
         videos_at(uri)
 
 
+def test_a_list_of_episodes_that_is_damaged_is_one_clear_error(tmp_path: Path) -> None:
+    listed = Path(lerobot_v2(tmp_path / "v2"), "meta", "episodes.jsonl")
+    for text in ('{"episode_index": ', '{"length": 6}'):
+        listed.write_text(text)
+        with pytest.raises(ValueError, match=r"v2/meta says of the episodes is damaged"):
+            list(videos_at(str(tmp_path / "v2")))
+    table = Path(lerobot_v3(tmp_path / "v3"), "meta", "episodes", "chunk-000", "file-000.parquet")
+    table.write_bytes(b"no Parquet")
+    with pytest.raises(ValueError, match=r"v3/meta says of the episodes is damaged"):
+        list(videos_at(str(tmp_path / "v3")))
+
+
 def test_both_are_read_from_a_bucket(tmp_path: Path) -> None:
     bucket = fsspec.filesystem("memory")
     rlds = write_rlds(tmp_path / "rlds", {"00000-of-00001": WHOLE}, [1])
