@@ -129,7 +129,7 @@ class Video(abc.ABC):
 
     def provenance(self) -> dict[str, str]:
         """What its clips tell of it; empty fields are left out."""
-        known = {"source": self.id, "uri": self.uri, **{name: getattr(self, name) for name in _TEXTS}, **self.about}
+        known = {**self.about, "source": self.id, "uri": self.uri, **{name: getattr(self, name) for name in _TEXTS}}
         return {name: value for name, value in known.items() if value}
 
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from numpy.typing import NDArray
+
+from genie_model.data.sources import Framing, Note, Video, no_note
 
 PQ, HLG, BT2020 = 16, 18, 9  # FFmpeg's numbers
 
 
 def picture(number: int, height: int = 90, width: int = 160) -> np.ndarray:
-    """Red top left, green top right, blue bottom left, white bottom right, and a grey bar that says which it is."""
+    """Red top left, green top right, blue bottom left, white bottom right; a grey bar's place and shade tell which."""
     picture_HWC = np.zeros((height, width, 3), np.uint8)
     top, left = height // 2, width // 2
     picture_HWC[:top, :left, 0] = picture_HWC[:top, left:, 1] = picture_HWC[top:, :left, 2] = 255
     picture_HWC[top:, left:] = 255
     bar = number * 4 % (width // 2)
-    picture_HWC[:, bar : bar + 4] = 128
+    picture_HWC[:, bar : bar + 4] = 40 + number % 170
     return picture_HWC
 
 
@@ -61,6 +68,15 @@ def film(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+@dataclass(frozen=True)
+class Deadly(Video):
+    """A video that ends the process that decodes it, as a decoder's fault does."""
+
+    def frames(self, framing: Framing, note: Note = no_note) -> Iterator[NDArray[np.uint8]]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield from ()
 
 
 def sound(path: Path) -> Path:
