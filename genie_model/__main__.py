@@ -51,7 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     collect = commands.add_parser("collect", help="record CoinRun; prints the data set's URI last")
     ingest = commands.add_parser("ingest", help="cut video files into clips; prints the data set's URI last")
     ingest.add_argument(
-        "--source", required=True, metavar="URI", help="a folder of videos, or a manifest (CSV, Parquet)"
+        "--source",
+        required=True,
+        metavar="URI",
+        help="a folder of videos, a manifest of them (CSV, Parquet), or robot episodes (RLDS, LeRobot)",
     )
     tokenizer = commands.add_parser("train-tokenizer", help="train the video tokenizer; prints its URI last")
     world = commands.add_parser("train-world", help="co-train LAM and dynamics; prints the model's URI last")

@@ -18,8 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from genie_model.data.ingest import ingest
 from genie_model.data.robotics import RldsEpisode
 from genie_model.data.sources import FileVideo, Framing, Rejected, Video, videos_at
+from genie_model.data.store import VideoStore
+from genie_model.presets import get_preset
 
 FRAMING = Framing(fps=10, height=24, width=32)
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
@@ -388,6 +391,38 @@ def test_a_list_of_episodes_that_is_damaged_is_one_clear_error(tmp_path: Path) -
     table.write_bytes(b"no Parquet")
     with pytest.raises(ValueError, match=r"v3/meta says of the episodes is damaged"):
         list(videos_at(str(tmp_path / "v3")))
+
+
+def test_a_data_set_is_made_of_them_and_says_where_each_clip_is_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GENIE_CACHE_DIR", str(tmp_path / "cache"))
+    episodes = [noise(number, 20, 32, 32) for number in range(8)]
+    records = [
+        record(episode(0, steps__observation__image=texts([picture(frame) for frame in frames]))) for frames in episodes
+    ]
+    broken = records[3][:500] + b"!" + records[3][501:]
+    shard = b"".join([*records[:3], broken, *records[4:]])
+    uri = write_rlds(tmp_path / "0.1.0", {"00000-of-00001": shard}, [9])
+    settings = ["ingest.fps=3", "ingest.clip_seconds=3", "ingest.eval_share=0.3", "ingest.workers=1"]
+    config = get_preset("tiny").with_overrides("data.frame_height=32", "data.frame_width=32", *settings)
+    data_uri = ingest(config, uri, str(tmp_path))
+
+    clips = {}
+    for split in ("train", "eval"):
+        store = VideoStore.open(f"{data_uri}/{split}")
+        for number in range(store.num_episodes):
+            about = store.about(number)
+            begin = round(about["start_seconds"] * 3)
+            record_number = int(about["source"].partition("#")[2].partition("/")[0])
+            clips[record_number, begin] = store.frames(number, 0, 9)
+            assert about["licence"] == "CC BY 4.0"
+            assert about["camera"] == "observation/image"
+    assert set(clips) == {(number, begin) for number in range(8) if number != 3 for begin in (0, 9)}
+    for (number, begin), frames in clips.items():
+        np.testing.assert_array_equal(frames, episodes[number][begin : begin + 9])
+    report = json.loads((Path(data_uri) / "report.json").read_text())
+    assert report["rejected"] == {"corrupt": 1, "truncated": 1}
 
 
 def test_both_are_read_from_a_bucket(tmp_path: Path) -> None:
