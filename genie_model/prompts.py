@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -34,6 +35,7 @@ Floats = NDArray[np.float64]
 
 HELD_OUT = "held_out"  # the kind of the model's own start frames: what prompts like the training data come to
 _SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+_AT_ONCE = 16  # prompts
 _MOVED = 0.5  # pixels; less has no direction to speak of
 
 
@@ -63,7 +65,7 @@ class Prompts:
                 frames.append(frame_of(picture, height, width, aspect))
             except Exception as error:  # decoders raise anything on broken data
                 raise ValueError(f"{images_uri}/{name} cannot be read: repair or remove it ({error})") from None
-        kinds = [name.rpartition("/")[0].replace("/", "_") for name in names]
+        kinds = [re.sub(r"[^\w.-]", "_", name.rpartition("/")[0]) for name in names]  # as MLflow takes names
         return cls([str(PurePosixPath(name).with_suffix("")) for name in names], kinds, np.stack(frames))
 
 
@@ -110,7 +112,7 @@ def play_prompts(config: Config, model_uri: str, images_uri: str = "", log: RunL
 
 def measure(config: Config, genie: Genie, prompts: Prompts) -> Played:
     """All figures and pictures of a Genie in memory. The same config, model and prompts give the same."""
-    frames_PATHWC, motion_PA2 = _hold(config, genie, prompts)
+    outcomes, motion_PA2 = _hold(config, genie, prompts)
     found = _named("", motion_PA2)
     for kind in sorted({kind for kind in prompts.kinds if kind}):
         of_kind_P = np.array(prompts.kinds) == kind
@@ -119,30 +121,35 @@ def measure(config: Config, genie: Genie, prompts: Prompts) -> Played:
     shown = np.sort(pictures.most_different(prompts.frames_PHWC, config.prompts.shown))
     names = [prompts.names[prompt] for prompt in shown]
     drawn = {"motion_of_prompts": pictures.arrows(motion_PA2)}
-    for times in sorted({config.prompts.hold, config.prompts.hold_longer}):
-        drawn[f"prompts_held_{times}"] = pictures.action_grid(
-            prompts.frames_PHWC[shown], frames_PATHWC[shown, :, times - 1], times, names
-        )
+    for times, outcomes_PAHWC in outcomes.items():
+        grid = pictures.action_grid(prompts.frames_PHWC[shown], outcomes_PAHWC[shown], times, names)
+        drawn[f"prompts_held_{times}"] = grid
     return Played(found, drawn)
 
 
-def _hold(config: Config, genie: Genie, prompts: Prompts) -> tuple[Frames, Floats]:
-    """Every action held from every prompt: frames (P, A, T, H, W, C), and by how much the screen moved in `hold`.
+def _hold(config: Config, genie: Genie, prompts: Prompts) -> tuple[dict[int, Frames], Floats]:
+    """Every action held from every prompt: after how many times which frames (P, A, H, W, C), and the screen's motion.
 
-    Motion is what `metrics.screen_motion` finds from frame to frame, in pixels (down, right), summed up. It begins at
-    what the tokenizer keeps of the prompt: the loss of what it cannot say is no motion.
+    Motion is what `metrics.screen_motion` finds from frame to frame, in pixels (down, right), summed up over `hold`. It
+    begins at what the tokenizer keeps of the prompt: the loss of what it cannot say is no motion.
     """
-    num_prompts, num_actions, hold = len(prompts.names), genie.config.num_actions, config.prompts.hold
-    prompts_BTHWC = prompts.frames_PHWC[:, None].repeat(num_actions, axis=0)
-    actions_BT = np.tile(np.arange(num_actions), num_prompts)[:, None].repeat(config.prompts.hold_longer, axis=1)
-    dreamt_BTHWC = rollout(genie, prompts_BTHWC, actions_BT, config.seed, "prompts")
-    kept_PTHWC = np.concatenate(
-        [genie.reconstruct(torch.from_numpy(p[None, None])).numpy() for p in prompts.frames_PHWC]
-    )
-    seen_BTHWC = np.concatenate([kept_PTHWC.repeat(num_actions, axis=0), dreamt_BTHWC[:, :hold]], axis=1)
-    motion_B2 = sum(metrics.screen_motion(seen_BTHWC[:, t], seen_BTHWC[:, t + 1]) for t in range(hold))
-    shape = num_prompts, num_actions
-    return dreamt_BTHWC.reshape(*shape, *dreamt_BTHWC.shape[1:]), np.asarray(motion_B2).reshape(*shape, 2)
+    num_actions, hold = genie.config.num_actions, config.prompts.hold
+    outcomes: dict[int, list[Frames]] = {hold: [], config.prompts.hold_longer: []}
+    motion = []
+    for begin in range(0, len(prompts.names), _AT_ONCE):
+        prompts_P1HWC = prompts.frames_PHWC[begin : begin + _AT_ONCE, None]
+        actions_BT = np.tile(np.arange(num_actions), len(prompts_P1HWC))[:, None].repeat(max(outcomes), axis=1)
+        each_B1HWC = prompts_P1HWC.repeat(num_actions, axis=0)
+        dreamt_BTHWC = rollout(genie, each_B1HWC, actions_BT, config.seed + begin * num_actions, "prompts")
+        kept_B1HWC = genie.reconstruct(torch.from_numpy(prompts_P1HWC)).numpy().repeat(num_actions, axis=0)
+        seen_BTHWC = np.concatenate([kept_B1HWC, dreamt_BTHWC[:, :hold]], axis=1)
+        steps = [metrics.screen_motion(seen_BTHWC[:, t], seen_BTHWC[:, t + 1]) for t in range(hold)]
+        motion.append(np.sum(steps, axis=0))
+        for times, frames in outcomes.items():
+            frames.append(dreamt_BTHWC[:, times - 1])
+    cells = len(prompts.names), num_actions
+    by_times = {times: np.concatenate(f).reshape(*cells, *f[0].shape[1:]) for times, f in outcomes.items()}
+    return by_times, np.concatenate(motion).reshape(*cells, 2)
 
 
 # --- how alike actions are ---

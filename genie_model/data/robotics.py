@@ -297,15 +297,16 @@ def _episodes(uri: str, info: Mapping[str, Any], camera: str) -> Iterator[FileVi
             present = _files_in(folder)
         found = present.get(file.rpartition("/")[2])
         version = version_of(found) if found else "missing"
-        known: dict[str, Any] = {"licence": licence, "version": version, "about": about}
-        known["title"] = "; ".join(row.get("tasks") or [])
+        known: dict[str, Any] = {"licence": licence, "about": about, "title": "; ".join(row.get("tasks") or [])}
         name = f"episode_{number:06d}/{camera}"
         if is_v2:
-            yield FileVideo(name, file, **known)
+            yield FileVideo(name, file, version=version, **known)
         else:
             # Half a frame earlier: the times are sums of rounded ones, and each frame is to be on one side.
             start = float(row[f"videos/{camera}/from_timestamp"]) - 0.5 / fps
-            yield FileVideo(name, file, start=max(start, 0.0), stop=start + int(row["length"]) / fps, **known)
+            stop = start + int(row["length"]) / fps
+            of_range = f"{version} {start:.3f}-{stop:.3f}"
+            yield FileVideo(name, file, version=of_range, start=max(start, 0.0), stop=stop, **known)
 
 
 def _v2_episodes(uri: str) -> Iterator[Mapping[str, Any]]:
