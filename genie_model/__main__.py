@@ -27,8 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     1 for what may go well another time, as a store that does not answer or a full disk."""
     args = _parser().parse_args(arguments)
     try:
-        config = get_preset(args.preset).with_overrides(*args.set)
-        text = {"describe": _describe, "prompts": _prompts}.get(args.command, _run)(args, config)
+        if args.command == "opt-out":
+            from genie_model.data.opt_out import opt_out
+
+            text = opt_out(args.data, args.ids)
+        else:
+            config = get_preset(args.preset).with_overrides(*args.set)
+            text = {"describe": _describe, "prompts": _prompts}.get(args.command, _run)(args, config)
     except (ValueError, OSError) as error:
         print(f"genie_model: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -83,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_argument("--model", required=True, metavar="URI", help="a trained world model")
     prompts.add_argument("--images", default="", metavar="URI", help="a folder of pictures; default: samples made here")
     prompts.add_argument("--out", required=True, metavar="URI", help="a folder for page, pictures and figures")
+    opt_out = commands.add_parser("opt-out", help="hide clips of a data set from all that reads it, from now on")
+    opt_out.add_argument("--data", required=True, metavar="URI", help="a data set")
+    opt_out.add_argument("ids", nargs="+", metavar="ID", help="a source's id, owner:NAME, or sha256:DIGEST of a clip")
     return parser
 
 
