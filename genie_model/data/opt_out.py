@@ -3,7 +3,8 @@
 A line is a source's id, `owner:NAME`, or `sha256:DIGEST` of a clip's frames; empty lines and those after # say nothing.
 The data set is the folder that holds train/ and eval/; a view honours its origin's list and its own. What is opted out
 is not in the store: no clip, no picture, no count has it, episodes are numbered without it, and the store's digest is
-another one, so that models and tokens are made anew. The tars keep it, until whoever owns them deletes them.
+another one, so that models and tokens are made anew. The tars keep it, until whoever owns them deletes them. A clip
+that two videos share is listed as the first one's: name its digest to hide it whoever shows it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from genie_model import files
+from genie_model import cache, files
 from genie_model.data.columns import Columns, hash64, hash_of_digest, is_among, open_columns
 from genie_model.data.shards import has_index, hashes, origin_of, read_index
 
@@ -39,9 +40,9 @@ class OptOuts:
             kind, _, name = line.partition(":")
             if not line or line.startswith("#"):
                 continue
-            if kind == "owner":
+            if kind.lower() == "owner":
                 found["owner"].add(hash64(name.strip()))
-            elif kind == "sha256":
+            elif kind.lower() == "sha256":
                 found["digest"].add(hash_of_digest(name.strip().lower()))
             else:
                 found["source"].add(hash64(line))
@@ -50,8 +51,7 @@ class OptOuts:
     @classmethod
     def read(cls, *data_uris: str) -> OptOuts:
         """Those of these data sets. Raises ValueError for a line that says nothing."""
-        uris = [f"{uri}/{NAME}" for uri in data_uris]
-        return cls.of(line for uri in uris if files.exists(uri) for line in files.read(uri).decode().splitlines())
+        return cls.of(line for uri in data_uris for line in _lines(f"{uri}/{NAME}"))
 
     def hides(self, about: Mapping[str, Any]) -> bool:
         """Whether an episode about which this is known is opted out."""
@@ -78,22 +78,31 @@ def opt_out(data_uri: str, ids: Sequence[str]) -> str:
 
     Raises ValueError for an id that is none, and where no data set is.
     """
-    if "\n" in "".join(ids) or not all(line.strip() for line in ids):
-        raise ValueError("an id is one line that says something")
+    if not ids or any(not line.strip() or line.strip()[0] == "#" or "\n" in line for line in ids):
+        raise ValueError("an opt-out is one line: a source's id, owner:NAME or sha256:DIGEST")
     OptOuts.of(ids)
     before = _hidden(data_uri)
     uri = f"{data_uri.rstrip('/')}/{NAME}"
     lock = files.cache_dir() / "locks" / "opt-out"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):  # two at a time would each write their own alone
-        lines = files.read(uri).decode().splitlines() if files.exists(uri) else []
+        lines = _lines(uri)
         lines += [line.strip() for line in ids if line.strip() not in lines]
         files.write_atomic(uri, "".join(f"{line}\n" for line in lines).encode())
+    after = _hidden(data_uri)
     parts = [
-        f"{after - before[split][0]:,} more of {split}'s {total:,} clips, {after:,} in all"
-        for split, (after, total) in _hidden(data_uri).items()
+        f"{hidden:,} of {total:,} {split} clips are hidden, {hidden - before[split][0]:,} of them by this"
+        for split, (hidden, total) in after.items()
     ]
-    return f"hidden: {'; '.join(parts)} ({uri})"
+    return f"{'; '.join(parts)}: {uri}"
+
+
+def _lines(uri: str) -> list[str]:
+    """None where there is no such file; but a store that does not answer is an error, for the list might be there."""
+    try:
+        return cache.try_again(uri, lambda: files.read(uri)).decode().splitlines()
+    except FileNotFoundError:
+        return []
 
 
 def _hidden(data_uri: str) -> dict[str, tuple[int, int]]:
@@ -106,7 +115,7 @@ def _hidden(data_uri: str) -> dict[str, tuple[int, int]]:
         index = read_index(uri)[0]
         origin = data_set_of(origin_of(uri, index), index["meta"]["split"])
         hidden_N = OptOuts.read(*{data_uri.rstrip("/"), origin}).hidden(open_columns(uri, index["columns"]))
-        found[split or "the"] = (0 if hidden_N is None else int(hidden_N.sum()), index["episodes"])
+        found[split or "all"] = (0 if hidden_N is None else int(hidden_N.sum()), index["episodes"])
     if not found:
         raise ValueError(f"there is no data set at {data_uri}: name the folder that holds train/ and eval/")
     return found

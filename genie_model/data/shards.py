@@ -146,7 +146,7 @@ class Hashes(TypedDict):
 
 def hashes(about: Mapping[str, Any]) -> Hashes:
     """What an episode is looked up by; 0 where `about` does not say. Raises ValueError for a digest that is none."""
-    source, owner, digest = (str(about.get(name) or "") for name in ("source", "owner", "digest"))
+    source, owner, digest = (str(about.get(name) or "").strip() for name in ("source", "owner", "digest"))
     return {
         "source": columns.hash64(source) if source else 0,
         "owner": columns.hash64(owner) if owner else 0,

@@ -8,7 +8,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 import numpy as np
 from fsspec.core import url_to_fs
@@ -23,10 +23,8 @@ from genie_model.data.shards import Index, file_sizes, origin_of, read_index, sh
 
 _LISTED = 10_000  # shards; a larger data set is not checked file by file when it is opened, but as it is read
 _BLOCK = 1024  # shards whose episodes are counted at a time
-_MAKERS = {
-    "tokens": "train_world",
-    "video": "ingest",
-}  # of a data set whose source this is; of all others it is collect
+_MAKERS = {"tokens": "train_world", "video": "ingest"}  # of a data set whose source this is; of all others: collect
+_Number = TypeVar("_Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,7 @@ class VideoStore:
     @property
     def episode_lengths(self) -> NDArray[np.int32]:
         """Frames of every episode, (E,); mapped, not in memory, where nothing is opted out."""
-        lengths_N = self.columns.num_frames
-        return lengths_N if self._hidden_N is None else lengths_N[~self._hidden_N]
+        return self._seen(self.columns.num_frames, slice(None))
 
     def episodes_in(self, shard: int) -> range:
         """The episodes of a shard."""
@@ -132,9 +129,11 @@ class VideoStore:
 
     def lengths_in(self, shards: range) -> NDArray[np.int32]:
         """Frames of the episodes of these shards, in order."""
-        rows = self.columns.rows_of(shards)
-        lengths_N = self.columns.num_frames[rows]
-        return lengths_N if self._hidden_N is None else lengths_N[~self._hidden_N[rows]]
+        return self._seen(self.columns.num_frames, self.columns.rows_of(shards))
+
+    def hashes_in(self, name: Literal["source", "owner", "digest"], shards: range) -> NDArray[np.uint64]:
+        """The same of a column of hashes (columns.py)."""
+        return self._seen(getattr(self.columns, name), self.columns.rows_of(shards))
 
     def frames(self, episode: int, start: int, length: int) -> NDArray[np.uint8]:
         """uint8 (T,H,W,3), T = length; a copy. Raises ValueError outside the episode, or when the shard is damaged."""
@@ -201,6 +200,10 @@ class VideoStore:
             with self._fs.open(path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != self._sha256(shard):
                     raise ValueError(self._damaged(shard))
+
+    def _seen(self, column_N: NDArray[_Number], rows: slice) -> NDArray[_Number]:
+        """Of these rows those that are not opted out."""
+        return column_N[rows] if self._hidden_N is None else column_N[rows][~self._hidden_N[rows]]
 
     def _place(self, episode: int) -> tuple[int, int]:
         """An episode's shard and its own row in the columns."""
