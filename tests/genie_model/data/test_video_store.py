@@ -164,6 +164,18 @@ def test_a_view_moves_with_its_origin(tmp_path: Path) -> None:
         VideoStore.open(view.uri)
 
 
+def test_a_view_may_lie_in_another_store_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENIE_CACHE_DIR", str(tmp_path / "cache"))
+    origin, uri = str(tmp_path / "video"), f"memory://{tmp_path.name}/view"
+    write_shard(origin, 0, [clip(0, "a.mp4"), clip(1, "a.mp4")], SHAPE)
+    write_index(origin, 1, meta())
+    write_view(uri, VideoStore.open(origin), [np.array([False, True])], meta())
+    assert numbers(VideoStore.open(uri)) == [1]
+    write_view(f"{tmp_path}/back", VideoStore.open(uri), [np.array([True])], meta())
+    assert numbers(VideoStore.open(f"{tmp_path}/back")) == [1]
+    files.remove_tree(f"memory://{tmp_path.name}")
+
+
 def test_a_view_that_does_not_fit_is_refused(data_uri: str) -> None:
     store, uri = VideoStore.open(f"{data_uri}/train"), f"{data_uri}/view"
     fits = [np.ones(len(store.episodes_in(shard)), bool) for shard in range(3)]
