@@ -16,6 +16,7 @@ probability of 55e6^2 / 2^65 = 8e-5; then one clip too many is taken for a dupli
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -138,7 +139,10 @@ class Writer:
 
     def publish(self, uri: str) -> dict[str, File]:
         """Names the files by their bytes, in the folder at `uri`; which they are."""
-        self.close()
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())  # the index that names them is on the disk no sooner
+            file.close()
         fs, root = url_to_fs(uri)
         found: dict[str, File] = {}
         for name, path in self._paths.items():

@@ -141,6 +141,13 @@ def test_a_damaged_column_is_named_and_made_anew(copied, recording_config, damag
     VideoStore.open(f"{folder}/train").verify()
 
 
+def test_verify_reads_the_columns_too(copied):
+    (path,) = (copied[1] / "train").glob("source-*.bin")
+    path.write_bytes(b"\x01" + path.read_bytes()[1:])
+    with pytest.raises(ValueError, match=rf"{path} is damaged: delete .*/index\.json and run collect again"):
+        VideoStore.open(f"{copied[1]}/train").verify()
+
+
 @pytest.mark.parametrize("room", [0, 10**9])
 def test_a_damaged_column_of_a_remote_data_set_is_noticed(in_memory, room, monkeypatch, store):
     monkeypatch.setenv("GENIE_CACHE_BYTES", str(room))

@@ -149,6 +149,10 @@ def test_a_view_holds_what_is_kept_and_copies_nothing(data_uri: str) -> None:
     view.verify()
     again = view_of(view, 0, 2, name="again")
     assert (numbers(again), again.home) == ([1, 5], store.home)
+    (column,) = (name for name in files.names(again.uri) if name.startswith("number-"))
+    files.write_atomic(f"{again.uri}/{column}", b"")
+    with pytest.raises(ValueError, match=r"/number-.*\.bin is missing or damaged: delete .* and run curate again"):
+        VideoStore.open(again.uri)
 
 
 def test_a_view_moves_with_its_origin(tmp_path: Path) -> None:
