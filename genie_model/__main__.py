@@ -54,12 +54,16 @@ def _parser() -> argparse.ArgumentParser:
         help="what a training step takes of each device of this mesh, instead",
     )
     collect = commands.add_parser("collect", help="record CoinRun; prints the data set's URI last")
+    ingest = commands.add_parser("ingest", help="cut video files into clips; prints the data set's URI last")
+    ingest.add_argument(
+        "--source", required=True, metavar="URI", help="a folder of videos, or a manifest (CSV, Parquet)"
+    )
     tokenizer = commands.add_parser("train-tokenizer", help="train the video tokenizer; prints its URI last")
     world = commands.add_parser("train-world", help="co-train LAM and dynamics; prints the model's URI last")
     for command in commands.choices.values():
         command.add_argument("preset", help=f"one of {', '.join(preset_names())}")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
-    for command in (collect, tokenizer, world):
+    for command in (collect, ingest, tokenizer, world):
         command.add_argument("--root", required=True, metavar="URI", help="where data sets, models and checkpoints lie")
         command.add_argument(
             "--result",
@@ -107,6 +111,10 @@ def _made(args: argparse.Namespace, config: Config) -> str:
         from genie_model.data.coinrun import collect
 
         return collect(config, args.root) if speaks() else ""  # two would rename each other's files
+    if args.command == "ingest":
+        from genie_model.data.ingest import ingest
+
+        return ingest(config, args.source, args.root) if speaks() else ""
     from genie_model.train import train_tokenizer, train_world
 
     with ExitStack() as stack:

@@ -22,6 +22,7 @@ class IngestConfig(ConfigNode):
     clips_per_shard: int = Field(256, ge=1, description="at most, in one tar")
     eval_share: float = Field(0.05, gt=0, lt=1, description="of the videos, held out whole")
     keywords: str = Field("", description="URI of a keyword filter; empty: every video is taken whatever its title")
+    opt_out: str = Field("", description="URI of a list in opt_out.txt's form: what stays out from the beginning")
     max_pixels: int = Field(8192 * 4320, ge=1, description="of a source frame; larger ones are rejected")
     workers: int = Field(0, ge=0, description="processes; 0: one for each core. They decide no bytes")
     seed: int = Field(0, ge=0)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mlflow.entities import Run
 
-from genie_model.comparison import markdown_table
 from genie_model.presets import get_preset
+from genie_model.report import markdown_table
 from genie_model.studies import Row, Study
 
 MADE = "made."  # tags: where what a step made lies
