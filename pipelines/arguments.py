@@ -70,6 +70,8 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
         ("seeds", STUDIES, "--seeds and --variant are for studies"),
         ("variants", STUDIES, "--seeds and --variant are for studies"),
         ("model_uri", ("cloning",), "--model is for cloning"),
+        ("data_uri", ("curation",), "--data is for curation"),
+        ("labels_uri", ("curation",), "--labels is for curation"),
         ("version", ("promotion",), "--version is for promotion"),
         ("dry_run", ("promotion", "rollback"), "--dry-run is for what changes the registry alone"),
         ("fresh", ("champion",), "--known-levels is for champion"),
@@ -90,6 +92,10 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seeds", type=_seed, nargs="+", help="of a study: a run of every variant for each")
     command.add_argument("--variant", dest="variants", action="append", help="of a study: only this (may be repeated)")
     command.add_argument("--model", dest="model_uri", help="of cloning: a trained world's folder (default: trains one)")
+    command.add_argument("--data", dest="data_uri", metavar="URI", help="of curation: a data set ingested from video")
+    command.add_argument(
+        "--labels", dest="labels_uri", metavar="URI", help="of curation: what people said of its clips"
+    )
     command.add_argument("--version", help="of promotion: which one (default: the newest)")
     command.add_argument(
         "--dry-run", action="store_true", default=None, help="of promotion and rollback: change nothing in the registry"

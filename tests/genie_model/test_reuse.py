@@ -10,6 +10,7 @@ import pytest
 import genie_model
 from genie_model import evaluate, train
 from genie_model.config import Config
+from genie_model.data import curation
 from genie_model.presets import get_preset
 from genie_model.source import code_digest
 
@@ -148,3 +149,9 @@ def test_all_code_that_decides_the_figures_is_named() -> None:
     }
     harmless = reads | trains | {"pictures", "progress"}
     assert modules(evaluate._CODE) == reached_from("evaluate") - harmless
+
+
+def test_all_code_that_decides_a_clip_s_probability_is_named() -> None:
+    """Beside what training a world reads, the classifier's measures and pictures are left alone."""
+    others = reached_from("data.curation") - reached_from("train") - {"metrics", "pictures"}
+    assert others == modules(curation.CODE)
