@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from genie_model.data.codecs import compress
 
 from genie_model.config import Config
+from genie_model.data.codecs import compress
 from genie_model.data.labels import Label, write_labels
 from genie_model.data.shards import write_index, write_shard
 from genie_model.data.store import VideoStore
