@@ -19,6 +19,7 @@ from genie_model.config import (
     _did_you_mean,
 )
 from genie_model.paper import PAPER_PRESETS
+from genie_model.video_config import CurationConfig, IngestConfig
 
 
 def _demo() -> Config:
@@ -61,6 +62,21 @@ def _demo() -> Config:
         policy=PolicyConfig(patch_size=8, transformer=slim, linear_layer=128),
         train_policy=StageConfig(steps=1500, batch_size=16, optimizer=policy_rates, checkpoint_every=250),
         cloning=CloningConfig(levels=320),
+    )
+
+
+def _video() -> Config:
+    """A world of small ordinary videos on two CPU cores, filter included; docs/video.md goes through it."""
+    demo = _demo()
+    return demo.model_copy(
+        update={
+            "name": "video",
+            "ingest": IngestConfig(eval_share=0.2, clips_per_shard=32),
+            "curation": CurationConfig(frames=2, width=16, steps=200, batch_size=16),
+            "train_tokenizer": demo.train_tokenizer.model_copy(update={"steps": 500}),
+            "train_world": demo.train_world.model_copy(update={"steps": 800}),
+            "evaluation": EvaluationConfig(clips=64),
+        }
     )
 
 
@@ -107,7 +123,11 @@ def _tiny() -> Config:
     )
 
 
-_PRESETS = {name: preset.make for name, preset in PAPER_PRESETS.items()} | {"demo": _demo, "tiny": _tiny}
+_PRESETS = {name: preset.make for name, preset in PAPER_PRESETS.items()} | {
+    "demo": _demo,
+    "tiny": _tiny,
+    "video": _video,
+}
 
 
 def preset_names() -> list[str]:
