@@ -10,7 +10,7 @@ themselves away. And some files are broken: cut off, damaged, empty, sound alone
 FOLDER/made.json says what each second of each file shows. With that `label` marks clips of the data set that `ingest`
 made of the folder, 5 (good) or 1 (bad): the maker's own knowledge, where a person would sit at the labelling page.
 
-The same arguments give the same pictures; the same bytes too, where FFmpeg's libraries are the same.
+The same arguments give the same pictures.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from genie_model.data.coinrun import ProcgenGym3Env
 from genie_model.data.labels import BAD, GOOD, Label, write_labels
+from genie_model.data.shards import write_view
 from genie_model.data.store import VideoStore
 from genie_model.progress import bar
 
@@ -108,12 +109,18 @@ def _menu(scene: Scene, rng: np.random.Generator) -> Iterator[Picture]:
         draw = ImageDraw.Draw(image)
         for y in range(0, SIZE, 16):  # stripes that drift
             draw.line((0, y + tick % 16, SIZE, y + tick % 16 - 24), tuple(c + 14 for c in back), 4)
-        draw.text((SIZE // 2, 48), name.upper(), front, _font(26), anchor="mm")
+        draw.text((SIZE // 2, 48), name.upper(), front, ImageFont.load_default(26), anchor="mm")
         if tick % 9 == 0:
             chosen = int(rng.integers(len(items)))
         for number, item in enumerate(items):
             mark = f"> {item} <" if number == chosen else item
-            draw.text((SIZE // 2, 112 + 30 * number), mark, "white" if number == chosen else front, _font(18), "mm")
+            draw.text(
+                (SIZE // 2, 112 + 30 * number),
+                mark,
+                "white" if number == chosen else front,
+                ImageFont.load_default(18),
+                "mm",
+            )
         yield np.asarray(image)
 
 
@@ -152,15 +159,13 @@ def _slides(scene: Scene, rng: np.random.Generator) -> Iterator[Picture]:
         for tick in range(30):
             near = 40 + tick
             image = Image.fromarray(still).crop((near, near, SIZE - near, SIZE - near)).resize((SIZE, SIZE))
-            ImageDraw.Draw(image).text((SIZE // 2, 210), words, "yellow", _font(24), "mm", stroke_width=2)
+            ImageDraw.Draw(image).text(
+                (SIZE // 2, 210), words, "yellow", ImageFont.load_default(24), "mm", stroke_width=2
+            )
             shown = np.asarray(image)
             fade = min((tick + 1) / 6, 1)
             yield (fade * shown + (1 - fade) * last).astype(np.uint8)
         last = shown
-
-
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
 
 
 # --- what is recorded ---
@@ -343,26 +348,36 @@ def make_all(folder: Path, scale: float, seed: int, workers: int) -> None:
     print(f"{len(recordings) + len(twice)} files, {seconds / 60:.0f} minutes of video: {folder}/manifest.csv")
 
 
-def label(folder: Path, data_uri: str, labels_uri: str, count: int, seed: int) -> None:
-    """Labels up to `count` train clips: good where nothing but a platformer is played, bad where nothing is."""
+def label(folder: Path, data_uri: str, labels_uri: str, count: int, seed: int, good_uri: str = "") -> None:
+    """Labels up to `count` train clips: good where nothing but a platformer is played, bad where nothing is.
+
+    `good_uri` becomes a data set of the held-out clips that are good.
+    """
     store, made = VideoStore.open(f"{data_uri}/train"), json.loads((folder / "made.json").read_text())
     labels: list[Label] = []
     for episode in np.random.default_rng(seed).permutation(store.num_episodes):
         about = store.about(int(episode))
-        kinds = _kinds(made[about["source"]], about["start_seconds"], about["start_seconds"] + CLIP)
+        kinds = _kinds(made, about)
         if len(labels) < count and (kinds == {"game"} or "game" not in kinds):
             said = GOOD if kinds == {"game"} else BAD
             labels.append(Label(**{key: about[key] for key in ("digest", "source", "start_seconds")}, label=said))
     write_labels(labels_uri, labels)
     good = sum(one.label == GOOD for one in labels)
     print(f"{len(labels)} of {store.num_episodes} clips labelled, {good} of them {GOOD}: {labels_uri}")
+    if good_uri:
+        store = VideoStore.open(f"{data_uri}/eval")
+        shards = (store.episodes_in(shard) for shard in range(store.num_shards))
+        keep = [np.array([_kinds(made, store.about(e)) == {"game"} for e in shard], bool) for shard in shards]
+        write_view(f"{good_uri}/eval", store, keep, store.meta)
+        print(f"{sum(int(k.sum()) for k in keep)} of {store.num_episodes} held-out clips are good: {good_uri}")
 
 
-def _kinds(scenes: list[dict[str, Any]], start: float, stop: float) -> set[str]:
-    """What a video shows between these seconds."""
+def _kinds(made: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> set[str]:
+    """What a clip shows."""
+    scenes, start = made[about["source"]], about["start_seconds"]
     ends = list(itertools.accumulate(scene["seconds"] for scene in scenes))
-    begins = [0, *ends]
-    return {s["kind"] for s, begin, end in zip(scenes, begins, ends, strict=False) if begin < stop and end > start}
+    shown = zip(scenes, [0, *ends], ends, strict=False)
+    return {scene["kind"] for scene, begin, end in shown if begin < start + CLIP and end > start}
 
 
 def main() -> None:
@@ -377,13 +392,14 @@ def main() -> None:
     command.add_argument("folder", type=Path)
     command.add_argument("data", help="the data set's URI")
     command.add_argument("labels", help="the file to write")
+    command.add_argument("--good", default="", metavar="URI", help="also make a data set of the good held-out clips")
     command.add_argument("--count", type=int, default=100, help="at most so many clips (default: 100)")
     command.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.command == "make":
         make_all(args.folder, args.scale, args.seed, args.workers)
     else:
-        label(args.folder, args.data, args.labels, args.count, args.seed)
+        label(args.folder, args.data, args.labels, args.count, args.seed, args.good)
 
 
 if __name__ == "__main__":
