@@ -42,20 +42,20 @@ class Cost:
 def costs(clips: int = CLIPS) -> Iterator[Cost]:
     with TemporaryDirectory() as folder:
         uri, num_shards = f"{folder}/video/train", clips // OF_A_SHARD
-        _write_manifests(Path(uri), num_shards)
-        yield _cost(f"index {clips:,} clips", lambda: write_index(uri, num_shards, META))
-        yield _cost("open", lambda: VideoStore.open(uri))
+        write_manifests(Path(uri), num_shards)
+        yield cost(f"index {clips:,} clips", lambda: write_index(uri, num_shards, META))
+        yield cost("open", lambda: VideoStore.open(uri))
         store = VideoStore.open(uri)
-        yield _cost("count the clips of 16 frames", lambda: store.clips(16, 1))
+        yield cost("count the clips of 16 frames", lambda: store.clips(16, 1))
         random, numbers = store.clips(16, 1), np.random.default_rng(0)
         places = numbers.integers(len(random), size=LOOKUPS).tolist()
-        yield _cost(f"find {LOOKUPS:,} random clips", lambda: [random[place] for place in places])
+        yield cost(f"find {LOOKUPS:,} random clips", lambda: [random[place] for place in places])
         halves = (np.arange(len(store.episodes_in(shard))) % 2 == 0 for shard in range(num_shards))
-        yield _cost("a view of every second one", lambda: write_view(f"{folder}/view/train", store, halves, META))
-        yield _cost("opt out an owner and a video", lambda: opt_out(f"{folder}/video", ["owner:3", "7"]))
-        yield _cost("open, with opt-outs", lambda: VideoStore.open(uri))
+        yield cost("a view of every second one", lambda: write_view(f"{folder}/view/train", store, halves, META))
+        yield cost("opt out an owner and a video", lambda: opt_out(f"{folder}/video", ["owner:3", "7"]))
+        yield cost("open, with opt-outs", lambda: VideoStore.open(uri))
         hidden = VideoStore.open(uri)
-        yield _cost("count the clips, with opt-outs", lambda: hidden.clips(16, 1))
+        yield cost("count the clips, with opt-outs", lambda: hidden.clips(16, 1))
 
 
 def table(costs: list[Cost]) -> str:
@@ -63,7 +63,7 @@ def table(costs: list[Cost]) -> str:
     return "\n".join(["| what | time | memory |", "|---|---|---|", *lines])
 
 
-def _write_manifests(folder: Path, num_shards: int) -> None:
+def write_manifests(folder: Path, num_shards: int) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     episode_bytes = CHUNKS * CHUNK_BYTES + 1536
@@ -97,7 +97,7 @@ def _write_manifests(folder: Path, num_shards: int) -> None:
             tar.truncate(size)
 
 
-def _cost(what: str, do: Callable[[], object]) -> Cost:
+def cost(what: str, do: Callable[[], object]) -> Cost:
     with _peak() as peak:
         started = time.perf_counter()
         do()

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             text = opt_out(args.data, args.ids)
         else:
             config = get_preset(args.preset).with_overrides(*args.set)
-            text = _describe(args, config) if args.command == "describe" else _run(args, config)
+            text = {"describe": _describe, "prompts": _prompts}.get(args.command, _run)(args, config)
     except (ValueError, OSError) as error:
         print(f"genie_model: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -56,10 +56,14 @@ def _parser() -> argparse.ArgumentParser:
     collect = commands.add_parser("collect", help="record CoinRun; prints the data set's URI last")
     ingest = commands.add_parser("ingest", help="cut video files into clips; prints the data set's URI last")
     ingest.add_argument(
-        "--source", required=True, metavar="URI", help="a folder of videos, or a manifest (CSV, Parquet)"
+        "--source",
+        required=True,
+        metavar="URI",
+        help="a folder of videos, a manifest of them (CSV, Parquet), or robot episodes (RLDS, LeRobot)",
     )
     tokenizer = commands.add_parser("train-tokenizer", help="train the video tokenizer; prints its URI last")
     world = commands.add_parser("train-world", help="co-train LAM and dynamics; prints the model's URI last")
+    prompts = commands.add_parser("prompts", help="enter a world from pictures (Figure 10); prints where the page lies")
     for command in commands.choices.values():
         command.add_argument("preset", help=f"one of {', '.join(preset_names())}")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
@@ -81,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
             "--study", default={}, type=json.loads, metavar="JSON", help="where in a study the run belongs"
         )
     world.add_argument("--tokenizer", required=True, metavar="URI", help="a trained tokenizer")
+    prompts.add_argument("--model", required=True, metavar="URI", help="a trained world model")
+    prompts.add_argument("--images", default="", metavar="URI", help="a folder of pictures; default: samples made here")
+    prompts.add_argument("--out", required=True, metavar="URI", help="a folder for page, pictures and figures")
     opt_out = commands.add_parser("opt-out", help="hide clips of a data set from all that reads it, from now on")
     opt_out.add_argument("--data", required=True, metavar="URI", help="a data set")
     opt_out.add_argument("ids", nargs="+", metavar="ID", help="a source's id, owner:NAME, or sha256:DIGEST of a clip")
@@ -96,6 +103,13 @@ def _describe(args: argparse.Namespace, config: Config) -> str:
     from genie_model.mesh_report import report
 
     return report(config, Mesh.parse(args.mesh))
+
+
+def _prompts(args: argparse.Namespace, config: Config) -> str:
+    from genie_model.prompts import play_prompts
+
+    play_prompts(config, args.model, args.images).save(args.out, f"{args.model} from pictures")
+    return f"{args.out}/index.html"
 
 
 def _run(args: argparse.Namespace, config: Config) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from genie_model.config_node import ConfigNode
-from genie_model.video_config import CurationConfig, IngestConfig
+from genie_model.video_config import CurationConfig, IngestConfig, PromptsConfig
 
 
 class DataConfig(ConfigNode):
@@ -295,6 +295,7 @@ class Config(ConfigNode):
         "of data.clip_length",
     )
     evaluation: EvaluationConfig = EvaluationConfig()
+    prompts: PromptsConfig = PromptsConfig()
     parallel: ParallelConfig = ParallelConfig()
     promotion: PromotionConfig = PromotionConfig()
 

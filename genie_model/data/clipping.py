@@ -9,15 +9,16 @@ import hashlib
 import itertools
 import os
 import pickle
+import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ from numpy.typing import NDArray
 from genie_model.data.codecs import Codec, Episode, compress
 from genie_model.data.opt_out import OptOuts
 from genie_model.data.sources import Framing, Rejected, Video
+
+_AHEAD = 8  # videos for each process: their clips lie on disk while a long one before them is still decoded
 
 
 @dataclass(frozen=True)
@@ -65,50 +68,74 @@ class Outcome(NamedTuple):
             self.path.unlink()
 
 
-def outcomes(
-    videos: Iterator[Video], rules: Rules, refusal: Callable[[Video], Rejected | None], workers: int, folder: Path
-) -> Generator[tuple[Video, Outcome], None, None]:
-    """Of each video in turn; those that come next are decoded meanwhile. `refusal` says which are not even opened.
+class Crew:
+    """The processes, and the folder of this machine that their clips go through."""
 
-    A video that ends its process (a fault of a decoder, or no memory left) is rejected: with it go all processes, so
-    each of those that were waited for is tried once alone.
-    """
-    names = itertools.count()
-    waiting: deque[tuple[Video, Future[Outcome]]] = deque()
+    def __init__(self, rules: Rules, workers: int, folder: Path) -> None:
+        self._rules, self._workers, self._folder = rules, workers, folder
+        self._names = itertools.count()
+        self._pool = _pool(workers)
 
-    def start(pool: ProcessPoolExecutor, video: Video) -> Future[Outcome]:
-        known: Future[Outcome] = Future()
-        if why := refusal(video):
-            known.set_result(_rejected(why))
-            return known
-        try:
-            return pool.submit(_decode, video, rules, folder / f"{os.getpid()}-{next(names)}.clips")
-        except BrokenProcessPool as error:  # by one that is waited for
-            known.set_exception(error)
-            return known
+    def __enter__(self) -> Self:
+        return self
 
-    pool = _pool(workers)
-    try:
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def outcomes(
+        self, videos: Iterator[Video], refusal: Callable[[Video], Rejected | None]
+    ) -> Iterator[tuple[Video, Outcome]]:
+        """Of each video in turn; those that come next are decoded meanwhile. `refusal` says which are not even opened.
+
+        A video that ends its process (a fault of a decoder, or no memory left) is rejected. All processes go with it,
+        and which one it was is not told: so the one that is waited for is tried again alone, and the others together.
+        """
+        waiting: deque[tuple[Video, Future[Outcome]]] = deque()
         while True:
-            for video in itertools.islice(videos, max(2 * workers - len(waiting), 0)):
-                waiting.append((video, start(pool, video)))
+            for video in itertools.islice(videos, max(_AHEAD * self._workers - len(waiting), 0)):
+                waiting.append((video, self._start(video, refusal)))
             if not waiting:
                 return
             video, future = waiting.popleft()
             try:
                 outcome = future.result()
             except BrokenProcessPool:
-                pool.shutdown()
-                with _pool(1) as alone:
-                    try:
-                        outcome = start(alone, video).result()
-                    except BrokenProcessPool:
-                        outcome = _rejected(Rejected("crashed", "the process that decoded it was ended"))
-                pool = _pool(workers)
-                waiting = deque((video, start(pool, video)) for video, _ in waiting)
+                outcome = self._alone(video)
+                for place, (later, known) in enumerate(waiting):
+                    if not known.done() or known.exception():
+                        waiting[place] = later, self._start(later, refusal)
             yield video, outcome
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, video: Video, refusal: Callable[[Video], Rejected | None]) -> Future[Outcome]:
+        if why := refusal(video):
+            return _known(_rejected(why))
+        try:
+            return self._pool.submit(_decode, video, self._rules, self._next_path())
+        except BrokenProcessPool as error:  # by one that is waited for
+            return _known(error)
+
+    def _alone(self, video: Video) -> Outcome:
+        """And with new processes for the others."""
+        self._pool.shutdown()
+        with _pool(1) as pool:
+            try:
+                outcome = pool.submit(_decode, video, self._rules, self._next_path()).result()
+            except BrokenProcessPool:
+                outcome = _rejected(Rejected("crashed", "the process that decoded it was ended"))
+        self._pool = _pool(self._workers)
+        return outcome
+
+    def _next_path(self) -> Path:
+        return self._folder / f"{os.getpid()}-{next(self._names)}.clips"
+
+
+def _known(outcome: Outcome | BrokenProcessPool) -> Future[Outcome]:
+    future: Future[Outcome] = Future()
+    if isinstance(outcome, Outcome):
+        future.set_result(outcome)
+    else:
+        future.set_exception(outcome)
+    return future
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -116,7 +143,8 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _end_with_parent() -> None:
-    """A process of a run that was killed does not stay."""
+    """A process of a run that was killed does not stay. Ctrl-C is the run's alone: it takes the folder away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
 

@@ -188,7 +188,9 @@ def held_out_metrics(config: Config, classifier_uri: str) -> dict[str, float]:
     columns = (good_N & kept_N, kept_N, good_N, np.ones(len(good_N)))
     totals_V4 = np.stack([np.bincount(video_N, weights=column) for column in columns], axis=1)
 
-    def share(part: int, of: int) -> metrics.Estimate:
+    def share(part: int, of: int) -> metrics.Estimate | float:
+        if not totals_V4[:, of].any():  # of none kept, no share is good
+            return np.nan
         return metrics.bootstrap(totals_V4, lambda total: total[part] / total[of] if total[of] else np.nan)
 
     found = metrics.flatten(
@@ -274,7 +276,7 @@ def score(
     asked = hashlib.sha256(weights + f"{classifier.config.curation.frames}".encode()).hexdigest()
     uri = f"{root_uri.rstrip('/')}/scores/scores-{asked[:12]}-{code_digest(CODE)}"
     files.write_atomic(f"{uri}/{_SCORES}", json.dumps({"classifier_uri": classifier_uri}).encode())
-    parts = _parts(store)
+    parts = parts_of(store)
     missing = _missing(uri, parts)
     own = [part for part in missing if part.number % share[1] == share[0]]
     sheet, clips = _Sheet(config.curation.seed), sum(len(part.episodes) for part in own)
@@ -310,7 +312,7 @@ def curate(
         summary("curate", f"keeps everything: {data_uri}")
         return data_uri
     stores = {split: VideoStore.open(f"{data_uri}/{split}") for split in ("train", "eval")}
-    train, parts = stores["train"], _parts(stores["train"])
+    train, parts = stores["train"], parts_of(stores["train"])
     if missing := _missing(scores_uri, parts):
         raise ValueError(
             f"{len(missing)} of {len(parts)} parts are missing at {scores_uri}: the scores are unfinished, or of other "
@@ -354,7 +356,7 @@ def figures(config: Config, data_uri: str, curated_uri: str, scores_uri: str) ->
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Clips that are scored together, of consecutive shards."""
 
     number: int
@@ -371,9 +373,9 @@ class _Part:
         return np.split(self.read(uri), ends[:-1])
 
 
-def _parts(store: VideoStore) -> list[_Part]:
+def parts_of(store: VideoStore) -> list[Part]:
     """A shard each, or where they are many as many as make a thousand parts."""
-    size, parts = -(-store.num_shards // _MOST_PARTS), list[_Part]()
+    size, parts = -(-store.num_shards // _MOST_PARTS), list[Part]()
     for begin in range(0, store.num_shards, size):
         shards = range(begin, min(begin + size, store.num_shards))
         episodes = range(store.episodes_in(shards[0]).start, store.episodes_in(shards[-1]).stop)
@@ -381,11 +383,11 @@ def _parts(store: VideoStore) -> list[_Part]:
         if not digest_E.all():
             raise ValueError(f"clips of {store.uri} have no digests: curate what was ingested from video")
         digest = hashlib.sha256(digest_E.tobytes()).hexdigest()
-        parts.append(_Part(len(parts), shards, episodes, f"part-{len(parts):05d}-{digest[:16]}.npy"))
+        parts.append(Part(len(parts), shards, episodes, f"part-{len(parts):05d}-{digest[:16]}.npy"))
     return parts
 
 
-def _missing(uri: str, parts: Sequence[_Part]) -> list[_Part]:
+def _missing(uri: str, parts: Sequence[Part]) -> list[Part]:
     there = file_sizes(*url_to_fs(uri))
     return [part for part in parts if part.name not in there]
 

@@ -23,9 +23,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from filelock import FileLock
@@ -33,7 +31,7 @@ from filelock import FileLock
 from genie_model import files
 from genie_model.config import Config
 from genie_model.data import card
-from genie_model.data.clipping import Rules, outcomes
+from genie_model.data.clipping import Crew, Rules
 from genie_model.data.codecs import Episode
 from genie_model.data.keywords import Keywords
 from genie_model.data.opt_out import OptOuts
@@ -60,9 +58,11 @@ def ingest(config: Config, source_uri: str, root_uri: str, log: RunLog = NoLog()
     with FileLock(folder.with_suffix(".lock")):  # two at a time would decode the same
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         folder.mkdir(exist_ok=True)
+        workers = config.ingest.workers or os.cpu_count() or 1
         try:
-            for split in SPLITS:
-                _ingest_split(job, split, folder, log)
+            with Crew(job.rules, workers, folder) as crew:
+                for split in SPLITS:
+                    _ingest_split(job, split, crew, log)
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # which stops the processes, too
     stores = [VideoStore.open(f"{job.uri}/{split}") for split in SPLITS]
@@ -167,15 +167,15 @@ class _Head(NamedTuple):
     last: bool
 
 
-def _ingest_split(job: _Job, split: Split, folder: Path, log: RunLog) -> None:
+def _ingest_split(job: _Job, split: Split, crew: Crew, log: RunLog) -> None:
     uri, heads = f"{job.uri}/{split}", _heads(job, split)
     shards = sum(head.episodes > 0 for head in heads)
     missing = missing_shards(uri, shards)
     started, made = time.perf_counter(), 0
     for shard in missing:
-        made += _make_shards(job, split, folder, heads[shard - 1] if shard else _BEGINNING, shard, only_one=True)
+        made += _make_shards(job, split, crew, heads[shard - 1] if shard else _BEGINNING, shard, only_one=True)
     if not heads or not heads[-1].last:
-        made += _make_shards(job, split, folder, heads[-1] if heads else _BEGINNING, len(heads))
+        made += _make_shards(job, split, crew, heads[-1] if heads else _BEGINNING, len(heads))
         shards = sum(head.episodes > 0 for head in _heads(job, split))
     if made:
         frames = made * job.rules.clip_frames
@@ -214,7 +214,7 @@ def _report_lines(job: _Job) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _make_shards(job: _Job, split: Split, folder: Path, begin: _Head, shard: int, only_one: bool = False) -> int:
+def _make_shards(job: _Job, split: Split, crew: Crew, begin: _Head, shard: int, only_one: bool = False) -> int:
     """Writes the shard, and those behind it if it is not the `only_one`; how many clips they have."""
     frame_shape = job.config.frame_shape
     clips: list[Episode] = []
@@ -232,9 +232,8 @@ def _make_shards(job: _Job, split: Split, folder: Path, begin: _Head, shard: int
 
     videos = itertools.islice((v for v in job.listing if job.split_of(v) == split), begin.videos, None)
     progress = bar(desc=f"ingest {split}", unit="video", total=job.videos[split], initial=begin.videos)
-    workers = job.config.ingest.workers or os.cpu_count() or 1
-    with closing(outcomes(videos, job.rules, job.refusal, workers, folder)) as found, progress:
-        for number, (video, outcome) in enumerate(found, begin.videos):
+    with progress:
+        for number, (video, outcome) in enumerate(crew.outcomes(videos, job.refusal), begin.videos):
             done = begin.clips if number == begin.videos else 0
             for clip in itertools.islice(outcome.read(), done, None):
                 clips.append(clip)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import csv
 import io
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -146,7 +147,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class FileVideo(Video):
-    """A file of any container and codec that FFmpeg's libraries read."""
+    """A file of any container and codec that FFmpeg's libraries read, or the seconds of one from `start` to `stop`."""
+
+    start: float = 0.0
+    stop: float = math.inf
 
     def frames(self, framing: Framing, note: Note = no_note) -> Iterator[NDArray[np.uint8]]:
         from genie_model.data.video import decode  # PyAV is the video extra's
@@ -157,7 +161,7 @@ class FileVideo(Video):
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             raise Rejected("missing", f"{type(error).__name__}: {error}") from None
         with file:
-            yield from decode(file, framing, note)
+            yield from decode(file, framing, note, self.start, self.stop)
 
 
 def videos_at(source_uri: str) -> Listing:
@@ -166,10 +170,15 @@ def videos_at(source_uri: str) -> Listing:
     A manifest's columns are uri (or path), relative to its own folder or not, and title, description, owner, licence
     and id where there are such; others become provenance. Every file of a folder is a video, or is rejected with a
     reason; its title is its name. Hidden ones and manifests are passed over. A bucket's files that a manifest names are
-    not asked for their size one by one: where they change under their names, a column (etag, say) has to tell. Raises
-    ValueError when nothing is there, and, as it is read, for a manifest that is damaged.
+    not asked for their size one by one: where they change under their names, a column (etag, say) has to tell. Robot
+    episodes (RLDS and LeRobot folders) are told by what lies there (robotics.py). Raises ValueError when nothing is
+    there, and, as it is read, for a manifest that is damaged.
     """
+    from genie_model.data.robotics import episodes_at  # it is built on this file
+
     source_uri = source_uri.rstrip("/")
+    if episodes := episodes_at(source_uri):
+        return episodes
     fs, root = url_to_fs(source_uri)
     if PurePosixPath(root).suffix.lower() in _MANIFESTS and fs.isfile(root):
         return Listing(source_uri, "manifest", lambda: _of_manifest(source_uri))
@@ -183,7 +192,7 @@ def _of_folder(source_uri: str) -> Iterator[Video]:
     for info in _files_below(fs, root.rstrip("/")):
         below = PurePosixPath(info["name"]).relative_to(root.rstrip("/") or "/")
         title = below.stem.replace("_", " ").replace("-", " ")
-        yield FileVideo(str(below), f"{source_uri}/{below}", title, version=_version(info))
+        yield FileVideo(str(below), f"{source_uri}/{below}", title, version=version_of(info))
 
 
 def _files_below(fs: Any, folder: str) -> Iterator[Mapping[str, Any]]:
@@ -205,9 +214,9 @@ def _of_manifest(manifest_uri: str) -> Iterator[Video]:
         if not place:
             raise ValueError(f"{manifest_uri}: row {number + 1} has no uri or path")
         uri = place if "://" in place or place.startswith("/") else f"{folder}/{place}"
-        version = _version(_local_info(uri)) if is_local(uri) else ""
+        version = version_of(_local_info(uri)) if is_local(uri) else ""
         about = {name: value for name, value in row.items() if name not in known}
-        texts = {name: row.get(name, "") for name in _TEXTS}
+        texts: dict[str, Any] = {name: row.get(name, "") for name in _TEXTS}
         yield FileVideo(row.get("id") or place, uri, version=version, about=about, **texts)
 
 
@@ -238,7 +247,7 @@ def _rows(manifest_uri: str) -> Iterator[dict[str, str]]:
             raise ValueError(f"{manifest_uri} is no CSV in UTF-8: {error}") from None
 
 
-def _version(info: Mapping[str, Any]) -> str:
+def version_of(info: Mapping[str, Any]) -> str:
     """A file's size and checksum, or its time of change where its store has none."""
     marks = ("ETag", "etag", "md5Hash", "crc32c", "mtime", "LastModified", "updated", "created")
     mark = next((str(info[name]) for name in marks if info.get(name)), "")

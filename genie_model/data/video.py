@@ -32,6 +32,7 @@ _MAX_GAP = 60.0  # seconds for which a picture may stand still
 _MAX_BACK = 1.0  # seconds that a timestamp may go back; such frames are dropped
 _MAX_MISSING = 0.5  # seconds, and a hundredth, that a video may end early: heads are not exact
 _MAX_RATE = 1000  # source frames in a second
+_HALF = 0.5 + 1e-6  # a time half way between two instants is of the later one, however it was rounded
 _UNSPECIFIED = 2  # FFmpeg's AVCOL_SPC_UNSPECIFIED
 _HD_HEIGHT = 720  # from here on colours that are not said are BT.709's, below BT.601's
 _REFERENCE_WHITE = 203.0  # cd/m2
@@ -155,7 +156,7 @@ def _resampled(
         second = second if in_second else seconds
         if in_second > _MAX_RATE:
             raise Rejected("timestamps", f"over {_MAX_RATE} frames a second")
-        ends = math.floor((seconds - zero) * fps + 0.5)
+        ends = math.floor((seconds - zero) * fps + _HALF)
         if shown is not None and number < ends:
             frame_HWC = convert(shown)
             for _ in range(number, ends):
@@ -166,7 +167,7 @@ def _resampled(
         raise Rejected("corrupt", "no picture can be decoded")
     if longest > 1.5 * shortest:
         note("variable frame rate")
-    ends = math.floor((last + lasts - zero) * fps + 0.5)
+    ends = math.floor((last + lasts - zero) * fps + _HALF)
     frame_HWC = convert(shown)
     for _ in range(number, ends):
         yield frame_HWC

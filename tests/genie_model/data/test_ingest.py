@@ -254,10 +254,11 @@ def test_a_video_that_ends_its_process(videos, tmp_path):
     good = [FileVideo(f"good{n}", f"{videos}/good{n}.mp4") for n in range(4)]
     listed = [good[0], Deadly("deadly", "nowhere"), *good[1:]]
     rules = clipping.Rules(Framing(10.0, 32, 48), CLIP, 1.6, "zstd", 18, OptOuts.of([]))
-    found = {
-        video.id: (outcome.clips, outcome.rejected and outcome.rejected.reason, len(list(outcome.read())))
-        for video, outcome in clipping.outcomes(iter(listed), rules, lambda video: None, 2, tmp_path)
-    }
+    with clipping.Crew(rules, 2, tmp_path) as crew:
+        found = {
+            video.id: (outcome.clips, outcome.rejected and outcome.rejected.reason, len(list(outcome.read())))
+            for video, outcome in crew.outcomes(iter(listed), lambda video: None)
+        }
     assert list(found) == ["good0", "deadly", "good1", "good2", "good3"]
     assert found.pop("deadly") == (0, "crashed", 0)
     assert list(found.values()) == [(n + 1, None, n + 1) for n in range(4)]
@@ -268,10 +269,9 @@ def test_a_list_of_any_length_is_read_as_it_goes(videos, tmp_path, threads):
     asked = itertools.count()
     endless = (FileVideo(f"{next(asked)}", f"{videos}/good0.mp4") for _ in itertools.repeat(None))
     rules = clipping.Rules(Framing(10.0, 32, 48), CLIP, 1.6, "zstd", 18, OptOuts.of([]))
-    found = clipping.outcomes(endless, rules, lambda video: None, 2, tmp_path)
-    for _, outcome in itertools.islice(found, 20):
-        outcome.forget()
-    found.close()
-    assert next(asked) <= 20 + 4
-    assert len(list(tmp_path.glob("*.clips"))) <= 4
+    with clipping.Crew(rules, 2, tmp_path) as crew:
+        for _, outcome in itertools.islice(crew.outcomes(endless, lambda video: None), 40):
+            outcome.forget()
+    assert next(asked) <= 40 + 2 * 8
+    assert len(list(tmp_path.glob("*.clips"))) <= 2 * 8
     assert videos_at(str(videos)).kind == "folder"
