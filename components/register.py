@@ -13,12 +13,14 @@ def register(
     data_uri: str,
     model_uri: str,
     metrics: dict,
+    model_name: str = "genie",
+    study: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
 ) -> str:
-    """Makes the model, measured on that data set, a version of the registered model "genie". Returns the version."""
+    """Makes the model, measured on that data set, a version of the registered model. Returns the version."""
     from genie_model.tracking import register as register_model
     from genie_model.tracking import step
 
-    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment}
+    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
     with step("register", preset, overrides, **where) as run:
-        version = register_model(model_uri, metrics, data_uri, run)
+        version = register_model(model_uri, metrics, data_uri, run, model_name)
     return version

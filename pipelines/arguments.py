@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from genie_model.presets import preset_names
-from pipelines.catalog import PIPELINES, STUDIES
+from pipelines.catalog import PIPELINES, STUDIES, UPKEEP
 
 _COMMANDS = {
     "compile": "write the YAML to upload in the Kubeflow UI",
@@ -70,8 +70,10 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
         ("seeds", STUDIES, "--seeds and --variant are for studies"),
         ("variants", STUDIES, "--seeds and --variant are for studies"),
         ("model_uri", ("cloning",), "--model is for cloning"),
-        ("data_uri", ("curation",), "--data is for curation"),
-        ("labels_uri", ("curation",), "--labels is for curation"),
+        ("source_uri", ("video",), "--source is for video"),
+        ("data_uri", ("curation", "promotion", "champion"), "--data is for what takes a data set"),
+        ("labels_uri", ("video", "curation"), "--labels is for video and curation"),
+        ("model_name", ("video", *UPKEEP), "--model-name is for what looks into the registry"),
         ("version", ("promotion",), "--version is for promotion"),
         ("dry_run", ("promotion", "rollback"), "--dry-run is for what changes the registry alone"),
         ("fresh", ("champion",), "--known-levels is for champion"),
@@ -80,11 +82,15 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
         if value is not None and args.pipeline not in of:
             raise ValueError(f"{rule}, not for {args.pipeline}; allowed: {', '.join(of)}")
         given |= {} if value is None else {name: value}
+    if args.pipeline == "video" and "source_uri" not in given and args.command != "compile":
+        raise ValueError("video needs --source, where the videos lie: a folder, a bucket's prefix, or a manifest")
     if args.pipeline in STUDIES:
         from genie_model.studies import cells
 
         cells(args.pipeline, args.preset, args.set, args.seeds or [0], args.variants or [])  # is there such a study?
-    return {"dry_run": given.get("dry_run", False)} if args.pipeline == "rollback" else given
+    if args.pipeline == "rollback":
+        return {"dry_run": given.get("dry_run", False), "model_name": given.get("model_name", "genie")}
+    return given
 
 
 def _add_pipeline(command: argparse.ArgumentParser) -> None:
@@ -92,10 +98,16 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seeds", type=_seed, nargs="+", help="of a study: a run of every variant for each")
     command.add_argument("--variant", dest="variants", action="append", help="of a study: only this (may be repeated)")
     command.add_argument("--model", dest="model_uri", help="of cloning: a trained world's folder (default: trains one)")
-    command.add_argument("--data", dest="data_uri", metavar="URI", help="of curation: a data set ingested from video")
     command.add_argument(
-        "--labels", dest="labels_uri", metavar="URI", help="of curation: what people said of its clips"
+        "--source", dest="source_uri", metavar="URI", help="of video: a folder or a manifest of videos"
     )
+    command.add_argument(
+        "--labels", dest="labels_uri", metavar="URI", help="of video and curation: what people said of the clips"
+    )
+    command.add_argument(
+        "--data", dest="data_uri", metavar="URI", help="of curation, promotion and champion: a data set of video"
+    )
+    _add_model_name(command)
     command.add_argument("--version", help="of promotion: which one (default: the newest)")
     command.add_argument(
         "--dry-run", action="store_true", default=None, help="of promotion and rollback: change nothing in the registry"
@@ -111,6 +123,10 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
 
 def _add_experiment(command: argparse.ArgumentParser) -> None:
     command.add_argument("--experiment", default="genie", help="MLflow experiment (default: genie)")
+
+
+def _add_model_name(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model-name", help="the registered model (default: genie; of video: genie-video)")
 
 
 def _add_host(command: argparse.ArgumentParser) -> None:
@@ -132,6 +148,7 @@ def _add_others(commands: Any) -> None:
     text = "make the champion before the champion again, at once; no pipeline promotes the one that goes again"
     command = commands.add_parser("rollback", help="make the champion before the champion again", description=text)
     command.add_argument("--dry-run", action="store_true", help="say what would happen, and change nothing")
+    _add_model_name(command)
     _add_store(command)
 
     command = commands.add_parser("report", help="make a study's report from MLflow", description="from MLflow alone")
