@@ -51,10 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     collect = commands.add_parser("collect", help="record CoinRun; prints the data set's URI last")
     tokenizer = commands.add_parser("train-tokenizer", help="train the video tokenizer; prints its URI last")
     world = commands.add_parser("train-world", help="co-train LAM and dynamics; prints the model's URI last")
+    decoder = commands.add_parser(
+        "train-decoder", help="train a larger decoder of the same tokens; prints its URI last"
+    )
     for command in commands.choices.values():
         command.add_argument("preset", help=f"one of {', '.join(preset_names())}")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
-    for command in (collect, tokenizer, world):
+    for command in (collect, tokenizer, world, decoder):
         command.add_argument("--root", required=True, metavar="URI", help="where data sets, models and checkpoints lie")
         command.add_argument(
             "--result",
@@ -62,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="URI",
             help="also write what is printed last there, for a pipeline that goes on: its MLflow run stays open",
         )
-    for command in (tokenizer, world):
+    for command in (tokenizer, world, decoder):
         command.add_argument("--data", required=True, metavar="URI", help="a data set")
         command.add_argument(
             "--tracking-uri", default="", help="an MLflow server; default: $MLFLOW_TRACKING_URI, or none"
@@ -72,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
             "--study", default={}, type=json.loads, metavar="JSON", help="where in a study the run belongs"
         )
     world.add_argument("--tokenizer", required=True, metavar="URI", help="a trained tokenizer")
+    decoder.add_argument(
+        "--tokenizer", required=True, metavar="URI", help="a trained tokenizer, or the world that was trained on it"
+    )
     return parser
 
 
@@ -99,6 +105,7 @@ def _made(args: argparse.Namespace, config: Config) -> str:
         from genie_model.data.coinrun import collect
 
         return collect(config, args.root) if speaks() else ""  # two would rename each other's files
+    from genie_model.enlarging import train_large_decoder
     from genie_model.train import train_tokenizer, train_world
 
     with ExitStack() as stack:
@@ -112,6 +119,8 @@ def _made(args: argparse.Namespace, config: Config) -> str:
             run.dataset(args.data)
         if args.command == "train-tokenizer":
             made, uri = "tokenizer", train_tokenizer(config, args.data, args.root, run)
+        elif args.command == "train-decoder":
+            made, uri = "large_decoder", train_large_decoder(config, args.data, args.tokenizer, args.root, run)
         else:
             made, uri = "world", train_world(config, args.data, args.tokenizer, args.root, run)
         if run:
