@@ -184,9 +184,8 @@ class Genie(nn.Module):
 
     def _empty(self, seeds: Sequence[int], t: Sequence[int], frames: int) -> PlayState:
         """Worlds whose last frames are yet to be replayed."""
-        state = PlayState(list(seeds), list(t), torch.empty(0), torch.empty(0), TemporalCache(), TemporalCache())
-        state.dynamics.positions, state.decoder.positions = ([n - frames for n in t] for _ in range(2))
-        return state
+        dynamics, decoder = (TemporalCache([n - frames for n in t]) for _ in range(2))
+        return PlayState(list(seeds), list(t), torch.empty(0), torch.empty(0), dynamics, decoder)
 
     def _replay(self, state: PlayState, codes_BTNC: Tensor, actions_BT: Tensor) -> None:
         """The frames that follow the state's, and the actions that led to them."""
@@ -311,13 +310,11 @@ class Genie(nn.Module):
         return self.tokenizer.encode(_to_unit(frames_BTHWC.to(self.device))).flatten(2).cpu()
 
     @torch.no_grad()
-    def painting(self, codes_BTNC: Tensor, t: Sequence[int]) -> Iterator[Tensor]:
-        """The uint8 frames (B, H, W, 3) that play showed, one by one, of codes of which the first are frames `t`.
+    def painting(self, codes_BTNC: Tensor, cache: TemporalCache) -> Iterator[Tensor]:
+        """The uint8 frames (B, H, W, 3) that play showed, one by one, of codes that follow, and join, the cache's past.
 
         Those behind the first `picture_memory`, or behind frame 0, are what was seen, as exactly as `resuming`'s.
         """
-        cache = TemporalCache()
-        cache.positions = list(t)
         for frame in range(codes_BTNC.shape[1]):
             with self._play_precision():
                 x_B1HWC = self.tokenizer.decode(codes_BTNC[:, frame : frame + 1].to(self.device), cache)

@@ -83,13 +83,6 @@ class LargeDecoder(TokenDecoder):
             yield self.show(codes_BTNC[:, frame], cache)
 
 
-def past(*t: int) -> TemporalCache:
-    """An empty one, of worlds whose next frames are their `t`-th."""
-    cache = TemporalCache()
-    cache.positions = list(t)
-    return cache
-
-
 def load_large_decoder(uri: str, genie: Genie) -> LargeDecoder:
     """In evaluation mode, where the Genie is. Raises ValueError where it is broken or knows other tokens."""
     decoder = LargeDecoder(checkpoint.load_config(uri))

@@ -16,7 +16,8 @@ from genie_model.data.coinrun import collect
 from genie_model.data.store import VideoStore
 from genie_model.enlarging import _CODE, Enlarging, enlarge, shrink, train_large_decoder
 from genie_model.genie import to_uint8
-from genie_model.large_decoder import LargeDecoder, load_large_decoder, past
+from genie_model.large_decoder import LargeDecoder, load_large_decoder
+from genie_model.layers import TemporalCache
 from genie_model.presets import get_preset
 from genie_model.tokenizer import VideoTokenizer
 
@@ -73,12 +74,12 @@ def test_streamed_frames_are_those_of_the_whole_clip(decoder_uri: str, tiny_mode
     codes_BTNC = torch.randint(16, (2, 20, 16, 4), generator=torch.Generator().manual_seed(0))  # past the window of 8
     with torch.no_grad():
         whole = decoder(codes_BTNC)
-    streamed = torch.stack(list(decoder.painting(codes_BTNC, past(0, 0))), 1)
+    streamed = torch.stack(list(decoder.painting(codes_BTNC, TemporalCache())), 1)
     assert streamed.shape == (2, 20, 128, 128, 3)
     assert (streamed.int() - to_uint8(whole).int()).abs().max() <= 1
 
     # A second pass that begins in the middle knows all that matters after `picture_memory` frames.
-    later = list(decoder.painting(codes_BTNC[:1, 5:], past(5)))
+    later = list(decoder.painting(codes_BTNC[:1, 5:], TemporalCache([5])))
     assert decoder.picture_memory == 8
     assert torch.equal(later[-1], streamed[:1, -1])
     assert not torch.equal(later[0], streamed[:1, 5])
