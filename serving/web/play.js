@@ -76,6 +76,7 @@ async function begin(image, button) {
   played.enter(created);
   const { model } = played.session;
   document.documentElement.style.setProperty("--aspect", model.frame_width / model.frame_height);
+  $("large").hidden = !model.large_height;
   versions.show(model.version);
   actions.show(model);
   starts.mark(button);
@@ -222,6 +223,21 @@ async function catchUp() {
   }
 }
 
+/** The frames to come are large, or small again, and the newest is fetched so. */
+async function resize() {
+  if (!played.session || $("large").hidden) return;
+  const { signal } = played;
+  played.large = beside.world.large = !played.large;
+  $("large").setAttribute("aria-pressed", played.large);
+  if (stepping) return;   // the next frame is on its way
+  try {
+    await played.catchUp();
+    await beside.follow((world) => world.catchUp());
+  } catch (error) {
+    if (!signal.aborted) say(error.message, "bad");
+  }
+}
+
 // ---- what each action would do
 
 function staleUntilPreviewed(delay) {
@@ -254,7 +270,7 @@ async function share(kind) {
   const { id, model, steps } = played.session;
   $(kind).disabled = true;
   try {
-    await shareAnimation(`v1/sessions/${id}/animation.${kind}`, `${model.name}-${steps}.${kind}`);
+    await shareAnimation(`v1/sessions/${id}/animation.${kind}`, `${model.name}-${steps}.${kind}`, played.isLarge());
   } catch (error) {
     say(error.message, "bad");
   } finally {
@@ -273,6 +289,7 @@ function upload(image) {
 const openPanel = drawingPanel($("draw"), () => played.canvas, (image) => begin(image, $("sketch")));
 const BUTTONS = {
   restart,
+  large: resize,
   gif: () => share("gif"),
   mp4: () => share("mp4"),
   next: () => starts.next(),
@@ -281,7 +298,7 @@ const BUTTONS = {
 };
 for (const [id, command] of Object.entries(BUTTONS)) $(id).addEventListener("click", command);
 followKeys(press, release, releaseAll, {
-  r: BUTTONS.restart, n: BUTTONS.next, g: BUTTONS.gif, m: BUTTONS.mp4, u: BUTTONS.upload, d: BUTTONS.sketch,
+  r: BUTTONS.restart, n: BUTTONS.next, g: BUTTONS.gif, m: BUTTONS.mp4, l: resize, u: BUTTONS.upload, d: BUTTONS.sketch,
   ArrowLeft: back, Backspace: back, ArrowRight: forward, Escape: toNewest,
 });
 followGamepads(press, release, (direction) => actions.ofDirection(direction));

@@ -13,7 +13,9 @@ import av
 import numpy as np
 import pytest
 import torch
+from chromium import EXECUTABLE, Chromium
 from fastapi.testclient import TestClient
+from page_help import PREVIEWED, serving, shown, step_to
 from PIL import Image, ImageSequence
 from play_help import Registry, assert_error, create, eventually, nearly, pixels, step
 from starlette.websockets import WebSocketDisconnect
@@ -242,3 +244,44 @@ def test_one_of_another_tokenizer_is_a_broken_version(
     engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
     eventually(lambda: "trained on another tokenizer" in engine.models.problem)
     assert client.get("/v1/model").json()["version"] == "1"
+
+
+@pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on PATH: install it to test the page")
+def test_the_page_s_button_makes_frames_large_and_small_again(
+    large_folder: Path, registry: Registry, browser: Chromium, tmp_path: Path
+) -> None:
+    width = "document.querySelector('#played .screen canvas').width === {}"
+    with serving(large_folder, registry=registry) as (url, engine):
+        browser.open(f"{url}/?beside=2")
+        browser.wait_until(PREVIEWED)
+        step_to(browser, "1", 1)
+        assert shown(browser).shape == (64, 64, 3)
+        browser.evaluate("document.querySelector('#large').click()")  # two worlds push it off this screen
+        browser.wait_until(width.format(SIZE))
+        assert browser.evaluate("document.querySelector('#large').ariaPressed") == "true"
+        step_to(browser, "2", 2)
+        (session,) = (session for session in engine._sessions.values() if session.model.large)
+        assert session.large
+        assert session.picture.large is not None
+        assert np.array_equal(shown(browser), session.picture.large.frame_HWC)
+        assert shown(browser, "beside").shape == (64, 64, 3), "its version has none"
+
+        browser.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        browser.press("g")
+        file = tmp_path / "genie-2.gif"
+        eventually(file.exists)
+        assert Image.open(file).size == (SIZE, SIZE)
+
+        browser.press("r")  # anew, and large from its prompt on
+        browser.wait_until("Number(document.querySelector('.steps').textContent) === 0")
+        browser.wait_until(width.format(SIZE))
+        step_to(browser, "1", 1)
+        browser.press("l")
+        browser.wait_until(width.format(64))
+        step_to(browser, "1", 2)
+        assert not any(session.large for session in engine._sessions.values())
+
+        browser.open(f"{url}/?version=2")
+        browser.wait_until(PREVIEWED)
+        assert browser.evaluate("document.querySelector('#large').hidden")
+        assert browser.errors == []
