@@ -12,13 +12,18 @@ def register(
     experiment: str,
     data_uri: str,
     model_uri: str,
-    metrics: dict,
+    metrics: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
+    large_decoder_uri: str = "",
+    pipeline: str = "coinrun",
 ) -> str:
-    """Makes the model, measured on that data set, a version of the registered model "genie". Returns the version."""
+    """Makes the model, measured on that data set, a version of the registered model "genie". Returns the version.
+
+    A larger decoder becomes part of it. Without metrics promotion measures.
+    """
     from genie_model.tracking import register as register_model
     from genie_model.tracking import step
 
-    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment}
-    with step("register", preset, overrides, **where) as run:
-        version = register_model(model_uri, metrics, data_uri, run)
+    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "pipeline": pipeline}
+    with step("register", preset, overrides, **where, ends_pipeline=pipeline != "coinrun") as run:
+        version = register_model(model_uri, metrics, data_uri, run, large_decoder_uri=large_decoder_uri)
     return version

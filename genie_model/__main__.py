@@ -115,6 +115,7 @@ def _made(args: argparse.Namespace, config: Config) -> str:
 
             where = {"root_uri": args.root, "tracking_uri": args.tracking_uri, "experiment": args.experiment}
             ends = {"study": args.study, "ends_pipeline": not args.result}
+            ends |= {"pipeline": "decoder"} if args.command == "train-decoder" else {}
             run = stack.enter_context(step(args.command, args.preset, args.set, **where, **ends))
             run.dataset(args.data)
         if args.command == "train-tokenizer":

@@ -8,10 +8,12 @@ that has the tokenizer it was trained on.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from genie_model import checkpoint
@@ -93,6 +95,17 @@ def load_large_decoder(uri: str, genie: Genie) -> LargeDecoder:
         raise ValueError(f"the larger decoder at {uri} was trained on another tokenizer: train one on this model's")
     decoder.precision = genie.config.sampling.precision
     return decoder.eval()
+
+
+def check_fits(folder: Path) -> None:
+    """Raises ValueError where the larger decoder in a Genie's folder was trained on another tokenizer."""
+    with (
+        safe_open(folder / checkpoint.WEIGHTS, "pt") as genie,
+        safe_open(folder / FOLDER / checkpoint.WEIGHTS, "pt") as decoder,
+    ):
+        codebooks = genie.get_tensor("tokenizer.quantizer.codebook_VL"), decoder.get_tensor("codebook_VL")
+    if not torch.equal(*codebooks):
+        raise ValueError("the larger decoder was trained on another tokenizer: train one on this model's")
 
 
 def _enlarge(small: nn.Linear, large: nn.Linear) -> None:

@@ -69,7 +69,8 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
     for name, of, rule in (
         ("seeds", STUDIES, "--seeds and --variant are for studies"),
         ("variants", STUDIES, "--seeds and --variant are for studies"),
-        ("model_uri", ("cloning",), "--model is for cloning"),
+        ("model_uri", ("cloning", "decoder"), "--model is for what goes on from a trained world"),
+        ("data_uri", ("decoder",), "--data is for decoder"),
         ("version", ("promotion",), "--version is for promotion"),
         ("dry_run", ("promotion", "rollback"), "--dry-run is for what changes the registry alone"),
         ("fresh", ("champion",), "--known-levels is for champion"),
@@ -78,6 +79,8 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
         if value is not None and args.pipeline not in of:
             raise ValueError(f"{rule}, not for {args.pipeline}; allowed: {', '.join(of)}")
         given |= {} if value is None else {name: value}
+    if args.pipeline == "decoder" and args.command == "run" and not {"data_uri", "model_uri"} <= given.keys():
+        raise ValueError("decoder needs --data, a data set of larger frames, and --model, a trained world's folder")
     if args.pipeline in STUDIES:
         from genie_model.studies import cells
 
@@ -89,7 +92,10 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
     command.add_argument("pipeline", choices=PIPELINES)
     command.add_argument("--seeds", type=_seed, nargs="+", help="of a study: a run of every variant for each")
     command.add_argument("--variant", dest="variants", action="append", help="of a study: only this (may be repeated)")
-    command.add_argument("--model", dest="model_uri", help="of cloning: a trained world's folder (default: trains one)")
+    command.add_argument(
+        "--model", dest="model_uri", help="of cloning (default: trains one) and decoder: a trained world's folder"
+    )
+    command.add_argument("--data", dest="data_uri", help="of decoder: a data set of larger frames")
     command.add_argument("--version", help="of promotion: which one (default: the newest)")
     command.add_argument(
         "--dry-run", action="store_true", default=None, help="of promotion and rollback: change nothing in the registry"

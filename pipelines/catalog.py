@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 STUDIES = ("lam_inputs", "tokenizers", "scaling", "cloning")
 UPKEEP = ("champion", "promotion", "rollback")  # of the registry
-PIPELINES = ("coinrun", *STUDIES, *UPKEEP)
+PIPELINES = ("coinrun", "decoder", *STUDIES, *UPKEEP)
 
 
 def pipeline_named(name: str, cluster: Cluster | None = None) -> Any:

@@ -16,7 +16,7 @@ from genie_model.data.coinrun import collect
 from genie_model.data.store import VideoStore
 from genie_model.enlarging import _CODE, Enlarging, enlarge, shrink, train_large_decoder
 from genie_model.genie import to_uint8
-from genie_model.large_decoder import LargeDecoder, load_large_decoder
+from genie_model.large_decoder import LargeDecoder, check_fits, load_large_decoder
 from genie_model.layers import TemporalCache
 from genie_model.presets import get_preset
 from genie_model.tokenizer import VideoTokenizer
@@ -131,6 +131,13 @@ def test_what_does_not_fit_is_refused(
     genie.tokenizer.quantizer.codebook_VL += 1
     with pytest.raises(ValueError, match="was trained on another tokenizer"):
         load_large_decoder(decoder_uri, genie)
+    model = tmp_path / "genie"
+    shutil.copytree(tiny_model_uri, model)
+    shutil.copytree(decoder_uri, model / "large_decoder")
+    check_fits(model)
+    checkpoint.save_model(str(model), genie)
+    with pytest.raises(ValueError, match="was trained on another tokenizer"):
+        check_fits(model)
     broken = tmp_path / "broken"
     shutil.copytree(decoder_uri, broken)
     (broken / "model.safetensors").write_bytes(b"nothing")
