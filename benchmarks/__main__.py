@@ -119,9 +119,7 @@ def training_step(
 
     def run() -> None:
         inputs, chance = backend.inputs(batch, Chance.of_step(0, next(steps), stage.batch_size))
-        with backend.autocast(stage.precision):
-            loss, _ = module(*inputs, chance=chance)
-        loss.backward()
+        backend.gradients(module, inputs, chance, stage.precision)
         backend.clip(module, stage.optimizer.clip_norm)
         optimizers.step()
 

@@ -1,6 +1,7 @@
-"""How fast data are made and read: `python -m benchmarks.data [--only collect | loader | rate] [--json FILE]`.
+"""How fast data are made and read: `python -m benchmarks.data [--only collect | loader | rate | index] [--json FILE]`.
 
-About two minutes; no training may run beside it. `rate` is what the paper's largest training asks (data_rate.py).
+About five minutes; no training may run beside it. `rate` is what the paper's largest training asks (data_rate.py),
+`index` what millions of clips cost before a frame of them is read (data_index.py).
 
 Raw Procgen (64 simulators, the step and nothing else) and collect alternate, so that a busy machine slows both; the
 figures are medians. collect's aim is 60% of raw Procgen, the loader's is 5 times what training here consumes.
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import data_rate
+from benchmarks import data_index, data_rate
 from genie_model.data import coinrun
 from genie_model.data.loader import ClipLoader
 from genie_model.data.store import VideoStore
@@ -78,7 +79,7 @@ def loader(readers: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("collect", "loader", "rate"))
+    parser.add_argument("--only", choices=("collect", "loader", "rate", "index"))
     parser.add_argument("--json", type=Path, help="where to write the same figures")
     args = parser.parse_args()
     found: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
@@ -99,6 +100,10 @@ def main() -> None:
         needs, rates = data_rate.needs(), list(data_rate.rates())
         print(data_rate.table(rates, needs))
         found |= {"needs": needs, "rates": [asdict(rate) for rate in rates]}
+    if args.only in (None, "index"):
+        costs = list(data_index.costs())
+        print(data_index.table(costs))
+        found["index"] = [asdict(cost) for cost in costs]
     if args.json:
         args.json.write_text(json.dumps(found, indent=2))
 

@@ -77,7 +77,7 @@ def video(rng: np.random.Generator) -> NDArray[np.uint8]:
 def write(uri: str) -> None:
     for shard in range(SHARDS):
         rng = np.random.default_rng(shard)
-        write_shard(uri, shard, [compress(video(rng)) for _ in range(EPISODES)], CONFIG.frame_shape, truth={})
+        write_shard(uri, shard, [compress(video(rng)) for _ in range(EPISODES)], CONFIG.frame_shape)
     shape = list(CONFIG.frame_shape)
     write_index(uri, SHARDS, {"source": "benchmark", "split": "train", "frame_shape": shape, "data": {}})
 

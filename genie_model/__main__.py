@@ -27,8 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     1 for what may go well another time, as a store that does not answer or a full disk."""
     args = _parser().parse_args(arguments)
     try:
-        config = get_preset(args.preset).with_overrides(*args.set)
-        text = _describe(args, config) if args.command == "describe" else _run(args, config)
+        if args.command == "opt-out":
+            from genie_model.data.opt_out import opt_out
+
+            text = opt_out(args.data, args.ids)
+        else:
+            config = get_preset(args.preset).with_overrides(*args.set)
+            text = {"describe": _describe, "prompts": _prompts}.get(args.command, _run)(args, config)
     except (ValueError, OSError) as error:
         print(f"genie_model: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -49,15 +54,23 @@ def _parser() -> argparse.ArgumentParser:
         help="what a training step takes of each device of this mesh, instead",
     )
     collect = commands.add_parser("collect", help="record CoinRun; prints the data set's URI last")
+    ingest = commands.add_parser("ingest", help="cut video files into clips; prints the data set's URI last")
+    ingest.add_argument(
+        "--source",
+        required=True,
+        metavar="URI",
+        help="a folder of videos, a manifest of them (CSV, Parquet), or robot episodes (RLDS, LeRobot)",
+    )
     tokenizer = commands.add_parser("train-tokenizer", help="train the video tokenizer; prints its URI last")
     world = commands.add_parser("train-world", help="co-train LAM and dynamics; prints the model's URI last")
     decoder = commands.add_parser(
         "train-decoder", help="train a larger decoder of the same tokens; prints its URI last"
     )
+    prompts = commands.add_parser("prompts", help="enter a world from pictures (Figure 10); prints where the page lies")
     for command in commands.choices.values():
         command.add_argument("preset", help=f"one of {', '.join(preset_names())}")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
-    for command in (collect, tokenizer, world, decoder):
+    for command in (collect, ingest, tokenizer, world, decoder):
         command.add_argument("--root", required=True, metavar="URI", help="where data sets, models and checkpoints lie")
         command.add_argument(
             "--result",
@@ -78,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     decoder.add_argument(
         "--tokenizer", required=True, metavar="URI", help="a trained tokenizer, or the world that was trained on it"
     )
+    prompts.add_argument("--model", required=True, metavar="URI", help="a trained world model")
+    prompts.add_argument("--images", default="", metavar="URI", help="a folder of pictures; default: samples made here")
+    prompts.add_argument("--out", required=True, metavar="URI", help="a folder for page, pictures and figures")
+    opt_out = commands.add_parser("opt-out", help="hide clips of a data set from all that reads it, from now on")
+    opt_out.add_argument("--data", required=True, metavar="URI", help="a data set")
+    opt_out.add_argument("ids", nargs="+", metavar="ID", help="a source's id, owner:NAME, or sha256:DIGEST of a clip")
     return parser
 
 
@@ -90,6 +109,13 @@ def _describe(args: argparse.Namespace, config: Config) -> str:
     from genie_model.mesh_report import report
 
     return report(config, Mesh.parse(args.mesh))
+
+
+def _prompts(args: argparse.Namespace, config: Config) -> str:
+    from genie_model.prompts import play_prompts
+
+    play_prompts(config, args.model, args.images).save(args.out, f"{args.model} from pictures")
+    return f"{args.out}/index.html"
 
 
 def _run(args: argparse.Namespace, config: Config) -> str:
@@ -105,6 +131,10 @@ def _made(args: argparse.Namespace, config: Config) -> str:
         from genie_model.data.coinrun import collect
 
         return collect(config, args.root) if speaks() else ""  # two would rename each other's files
+    if args.command == "ingest":
+        from genie_model.data.ingest import ingest
+
+        return ingest(config, args.source, args.root) if speaks() else ""
     from genie_model.enlarging import train_large_decoder
     from genie_model.train import train_tokenizer, train_world
 

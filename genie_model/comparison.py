@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from genie_model import pictures
-from genie_model.report import page
+from genie_model.report import html_table, markdown_table, page
 from genie_model.studies import Curve, Row, Study
 
 Findings = Mapping[str, Sequence[Mapping[str, float]]]  # variant -> the metrics of each of its seeds
@@ -73,7 +73,7 @@ class Comparison(NamedTuple):
 
     def html(self) -> str:
         notes = "".join(f"<li>{html.escape(note)}" for note in self.notes)
-        body = f"{_html(self.table)}<ul>{notes}</ul><h2>In the paper</h2>{_html(self.paper)}"
+        body = f"{html_table(self.table)}<ul>{notes}</ul><h2>In the paper</h2>{html_table(self.paper)}"
         return page(self.title, self.pictures, body)
 
 
@@ -149,13 +149,3 @@ def _points(curve: Curve, found: Findings) -> dict[str, int]:
 
 def _shown(value: float) -> str:
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.3g}"
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
-def _html(rows: Sequence[Row]) -> str:
-    head, *body = ("".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
-    return f"<table><tr>{head.replace('<td>', '<th>')}" + "".join(f"<tr>{row}" for row in body) + "</table>"

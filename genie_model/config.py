@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from genie_model.config_node import ConfigNode
-from genie_model.video_config import CurationConfig, IngestConfig
+from genie_model.video_config import CurationConfig, IngestConfig, PromptsConfig
 
 
 class DataConfig(ConfigNode):
@@ -138,8 +138,9 @@ class DynamicsConfig(ConfigNode):
     corrupt_tokens: float = Field(
         0.0, ge=0, le=1, description="at most this share of known tokens, drawn for each clip, become wrong ones"
     )
-    corrupt_by: Literal["random", "own"] = Field(
-        "random", description="codes at random; or, in half of the frames, what the model itself now guesses"
+    corrupt_by: Literal["random", "own", "drawn"] = Field(
+        "random",
+        description="codes at random; or, in half of the frames, what the model itself now guesses, or draws",
     )
     mask_rate_min: float = Field(0.5, ge=0, le=1)
     mask_rate_max: float = Field(1.0, ge=0, le=1)
@@ -253,6 +254,7 @@ class ParallelConfig(ConfigNode):
     tensor: int = Field(1, ge=1, description="devices that share heads and feed-forwards of the same clips")
     remat: bool = Field(False, description="ST blocks are computed again in the backward pass, instead of kept")
     compile: bool = Field(False, description="native: sublayers by torch.compile; xla always compiles")
+    capture: bool = Field(True, description="one CUDA device: a step's kernels are started as one graph")
     compilation_cache: str = Field("", description="xla: a folder; what it holds is not compiled again")
 
     def mesh(self, devices: int) -> tuple[int, int, int]:
@@ -312,6 +314,7 @@ class Config(ConfigNode):
         "of data.clip_length",
     )
     evaluation: EvaluationConfig = EvaluationConfig()
+    prompts: PromptsConfig = PromptsConfig()
     parallel: ParallelConfig = ParallelConfig()
     promotion: PromotionConfig = PromotionConfig()
 

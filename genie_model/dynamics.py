@@ -118,7 +118,8 @@ class DynamicsModel(nn.Module):
     def _corrupt(self, codes_BTNC: Tensor, actions_BTL: Tensor, codebook_VL: Tensor, chance: Chance) -> Tensor:
         """Some known tokens become wrong ones, so that errors in play's past are nothing new (Valevski et al., 2024).
 
-        Those of all frames become random codes, or those of half of the frames the model's guesses.
+        Those of all frames become random codes, or those of half of the frames the model's guesses, as play has them:
+        the code nearest to their mean, or drawn.
         """
         if not self.config.corrupt_tokens:
             return codes_BTNC
@@ -140,12 +141,18 @@ class DynamicsModel(nn.Module):
         masked_BTNC = torch.where(dreamt_BT11, self.mask_token, codes_BTNC)
         hidden_BKND = _take(self.hidden(masked_BTNC, actions_BTL, codebook_VL), dreamt_BK)
         weight_ED = self.logits_weight(codebook_VL)
-        guessed = [
-            nearest_to_mean(self.logits(hidden_BND, weight_ED).float().softmax(-1), codebook_VL)[0]
-            for hidden_BND in hidden_BKND.unbind(1)  # a frame at a time: its logits stay in the CPU's cache
-        ]
+        uniform_BKNC = chance.of_clips("guesses", dreamt_BK.shape[1], *codes_BTNC.shape[2:])
+
+        def guess(hidden_BND: Tensor, uniform_BNC: Tensor) -> Tensor:
+            probs_BNCV = self.logits(hidden_BND, weight_ED).float().softmax(-1)
+            if self.config.corrupt_by == "drawn":
+                return draw(probs_BNCV, uniform_BNC)
+            return nearest_to_mean(probs_BNCV, codebook_VL)[0]
+
+        # a frame at a time: its logits stay in the CPU's cache
+        guessed = map(guess, hidden_BKND.unbind(1), uniform_BKNC.unbind(1))
+        guessed_BKNC = torch.stack(list(guessed), 1)
         torch.clear_autocast_cache()  # it holds the weights' casts without their graph (pytorch#112583)
-        guessed_BKNC = torch.stack(guessed, 1)
         return codes_BTNC.scatter(1, dreamt_BK[:, :, None, None].expand_as(guessed_BKNC), guessed_BKNC)
 
     def logits(self, hidden_BTND: Tensor, weight_ED: Tensor) -> Tensor:
@@ -177,6 +184,13 @@ def _take(x_BTNX: Tensor, frames_BK: Tensor) -> Tensor:
     if frames_BK.shape[1] == x_BTNX.shape[1] - 1:
         return x_BTNX[:, 1:]
     return x_BTNX.gather(1, frames_BK[:, :, None, None].expand(-1, -1, *x_BTNX.shape[2:]))
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """(..., V) -> (...): the code at which the cumulated probability passes a uniform number in [0, 1)."""
+    cumulated = probs.cumsum(-1)
+    passed = (cumulated[..., -1] * uniform)[..., None]
+    return (cumulated <= passed).sum(-1).clamp_max(probs.shape[-1] - 1)  # searchsorted, which XLA does not know
 
 
 def nearest_to_mean(probs: Tensor, codebook_VL: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ _BATCH = 16  # clips at a time
 _CODE = (  # what decides the figures of given weights
     "backend/graphs.py",
     "backend/native.py",
+    "data/codecs.py",
     "data/held_out.py",
     "data/store.py",
     "data/truth.py",

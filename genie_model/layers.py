@@ -303,7 +303,10 @@ class STTransformer(nn.Module):
         return cache.next
 
     def _time(self, device: torch.device, T: int, past: list[int], ring: bool) -> Time:
-        past_B1, steps_T = torch.tensor(past, device=device)[:, None], torch.arange(T, device=device)
+        past_B1 = torch.zeros(len(past), 1, dtype=torch.long, device=device)
+        if any(past):  # from the host: what training's captured graph may not ask for, whose clips start at 0
+            past_B1 = torch.tensor(past, device=device)[:, None]
+        steps_T = torch.arange(T, device=device)
         seen_BTS = bias_BTS = None
         if T > 1:
             age_TT = steps_T[:, None] - steps_T

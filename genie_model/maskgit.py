@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from genie_model.config import SamplingConfig
-from genie_model.dynamics import DynamicsModel, nearest_to_mean
+from genie_model.dynamics import DynamicsModel, draw, nearest_to_mean
 from genie_model.layers import TemporalCache
 
 
@@ -56,7 +56,7 @@ def sample_frame(
             sampled, confidence = nearest_to_mean(logits.softmax(-1), codebook_VL)
         else:
             log_probs = logits.log_softmax(-1)
-            sampled = _draw(log_probs, next(chances)) if temperature > 0 else log_probs.argmax(-1)
+            sampled = draw(log_probs.exp(), next(chances)[:, None]) if temperature > 0 else log_probs.argmax(-1)
             confidence = log_probs.gather(-1, sampled[..., None]).squeeze(-1)
         sampled = torch.where(unknown, sampled, codes)
         masked_next = min(int(tokens * math.cos(progress * math.pi / 2)), tokens - step - 1)
@@ -105,13 +105,6 @@ def _radical_inverse(n: int, base: int) -> float:
         place /= base
         value += digit * place
     return value
-
-
-def _draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """(B, ..., V) -> (B, ...): the code at which the cumulated probability passes a uniform number, one a token."""
-    cumulated = log_probs.exp().cumsum(-1)
-    passed = (cumulated[..., -1] * uniform[:, None])[..., None]
-    return torch.searchsorted(cumulated, passed, right=True)[..., 0].clamp_max(log_probs.shape[-1] - 1)
 
 
 def _gumbel(uniform: Tensor) -> Tensor:

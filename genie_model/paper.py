@@ -119,7 +119,8 @@ def _table_11(name: str, batch_size: int) -> PaperPreset:
 
 
 def _robotics() -> Config:
-    return _platformers("robotics", TABLE_11, 256)
+    # RT-1 records three steps a second, and its episodes last about ten: a clip is what training takes.
+    return _platformers("robotics", TABLE_11, 256).with_overrides("ingest.fps=3", "ingest.clip_seconds=5.34")
 
 
 PAPER_PRESETS = {

@@ -41,12 +41,17 @@ def reconstruction_strip(real_BTHWC: ArrayLike, reconstructed_BTHWC: ArrayLike, 
     return frame_table(rows, ["real", "reconstructed"] * len(real), [f"frame {t + 1}" for t in shown])
 
 
-def action_grid(prompts_BHWC: ArrayLike, outcomes_BAHWC: ArrayLike, repeats: int) -> Picture:
-    """Figure 17: each row a prompt, then where each latent action leads when it is taken `repeats` times."""
+def action_grid(
+    prompts_BHWC: ArrayLike, outcomes_BAHWC: ArrayLike, repeats: int, labels: Sequence[str] | None = None
+) -> Picture:
+    """Figure 17: each row a prompt, then where each latent action leads when it is taken `repeats` times.
+
+    `labels` name the prompts; by default they are numbered.
+    """
     prompts, outcomes = np.asarray(prompts_BHWC), np.asarray(outcomes_BAHWC)
     frames = np.concatenate([prompts[:, None], outcomes], axis=1)
     header = ["prompt", *[f"action {a + 1}, {repeats} times" for a in range(outcomes.shape[1])]]
-    return frame_table(frames, [str(row + 1) for row in range(len(frames))], header)
+    return frame_table(frames, labels or [str(row + 1) for row in range(len(frames))], header)
 
 
 def rollout_strip(
@@ -158,6 +163,29 @@ def scatter(
     axes.set_ylabel(y)
     axes.legend(frameon=False)
     axes.grid(alpha=0.3, which="both")
+    return _drawn(canvas)
+
+
+def arrows(motion_PA2: ArrayLike) -> Picture:
+    """How far and where the screen moved: for each action a plot of one arrow (down, right) for each prompt.
+
+    The median is red. The longest twentieth run out of the plot: few that go astray would leave the others no room.
+    """
+    motion = np.asarray(motion_PA2, np.float64)
+    reach = max(1.2 * float(np.quantile(np.abs(motion), 0.95)), 1.0)
+    figure = Figure(figsize=(2.0 * motion.shape[1], 2.3), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, motion.shape[1], squeeze=False, sharey=True)[0]
+    for action, axes in enumerate(panels):
+        down_P, right_P = motion[:, action].T
+        still_P = np.zeros_like(down_P)
+        axes.quiver(still_P, still_P, right_P, down_P, angles="xy", scale_units="xy", scale=1, alpha=0.5, width=0.015)
+        axes.quiver(
+            0, 0, np.median(right_P), np.median(down_P), angles="xy", scale_units="xy", scale=1, color="C3", width=0.03
+        )
+        axes.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal", title=f"action {action + 1}")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("pixels on screen")
     return _drawn(canvas)
 
 

@@ -66,6 +66,25 @@ def _demo() -> Config:
     )
 
 
+def _demo_gpu() -> Config:
+    """`demo` wider and longer: ten minutes on one H100, most of them for the world. Guesses in training are drawn."""
+    transformers = {"tokenizer.encoder": 4, "tokenizer.decoder": 8, "dynamics.transformer": 12}
+    return _demo().with_overrides(
+        "name=demo_gpu",
+        "data.train_levels=8000",
+        "data.steps_per_level=256",
+        *(f"{name}.num_layers={layers}" for name, layers in transformers.items()),
+        *(f"{name}.{field}" for name in transformers for field in ("d_model=256", "num_heads=4", "head_dim=64")),
+        "dynamics.corrupt_tokens=0.8",
+        "dynamics.corrupt_by=drawn",
+        "train_tokenizer.steps=2500",
+        "train_tokenizer.batch_size=32",
+        "train_world.steps=4700",
+        "train_world.batch_size=64",
+        "parallel.compile=true",
+    )
+
+
 def _tiny() -> Config:
     """Every part at its smallest: what the tests train, in seconds. Its pictures mean nothing."""
     tiny = TransformerConfig(num_layers=2, d_model=32, num_heads=2, head_dim=16)
@@ -111,7 +130,11 @@ def _tiny() -> Config:
     )
 
 
-_PRESETS = {name: preset.make for name, preset in PAPER_PRESETS.items()} | {"demo": _demo, "tiny": _tiny}
+_PRESETS = {name: preset.make for name, preset in PAPER_PRESETS.items()} | {
+    "demo": _demo,
+    "demo_gpu": _demo_gpu,
+    "tiny": _tiny,
+}
 
 
 def preset_names() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,18 @@ def page(title: str, pictures: Mapping[str, NDArray[np.uint8]], body: str, pictu
         for name, picture in pictures.items()
     )
     return _PAGE.format(title=html.escape(title), body=shown + body if pictures_first else body + shown)
+
+
+def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
+    """The first row is the head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def html_table(rows: Sequence[tuple[str, ...]]) -> str:
+    """The first row is the head."""
+    head, *body = ("".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
+    return f"<table><tr>{head.replace('<td>', '<th>')}" + "".join(f"<tr>{row}" for row in body) + "</table>"
 
 
 def _data_uri(picture_HWC: NDArray[np.uint8]) -> str:

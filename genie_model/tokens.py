@@ -12,7 +12,7 @@ from safetensors.torch import save as save_tensors
 from genie_model import collectives
 from genie_model.backend import native
 from genie_model.config import Config
-from genie_model.data.shards import compress, missing_shards, write_index, write_shard
+from genie_model.data.shards import Meta, compress, missing_shards, write_index, write_shard
 from genie_model.data.store import VideoStore
 from genie_model.progress import bar, summary
 from genie_model.source import code_digest
@@ -42,11 +42,12 @@ def tokens_of(config: Config, store: VideoStore, tokenizer: VideoTokenizer, root
         for shard in own:
             codes = _encode(store, shard, tokenizer, clip, precision)
             episodes = [compress(codes_TNC) for codes_TNC in codes]
-            write_shard(uri, shard, episodes, frame_shape, truth={})
+            write_shard(uri, shard, episodes, frame_shape)
             progress.update(_frames(store, shard, clip))
     collectives.meet()
     if index == 0:
-        write_index(uri, store.num_shards, {**store.meta, "source": "tokens", "frame_shape": list(frame_shape)})
+        meta: Meta = {**store.meta, "source": "tokens", "frame_shape": list(frame_shape), "codec": "zstd"}
+        write_index(uri, store.num_shards, meta)
     collectives.meet()
     summary("tokenize", f"{'made' if missing else 'reused'} {uri}")
     return VideoStore.open(uri)
@@ -74,4 +75,4 @@ def _encode(
         with torch.inference_mode(), native.autocast(precision):
             codes_BTNC = tokenizer.encode(native.to_unit_frames(batch_BTHWC))
         found.append(codes_BTNC.flatten(0, 1).cpu().numpy().astype("<u2"))
-    return np.split(np.concatenate(found), np.cumsum(counts)[:-1] * clip)
+    return np.split(np.concatenate(found), np.cumsum(counts) * clip)[:-1]

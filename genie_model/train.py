@@ -34,6 +34,7 @@ from genie_model.watch import Watch
 
 # The code that decides the weights of each model.
 TRAINER_CODE = (
+    "backend/capture.py",
     "backend/seam.py",
     "backend/native.py",
     "backend/processes.py",
@@ -41,6 +42,7 @@ TRAINER_CODE = (
     "backend/xla.py",
     "chance.py",
     "collectives.py",
+    "data/codecs.py",
     "data/loader.py",
     "data/store.py",
     "layers.py",
@@ -211,9 +213,7 @@ def fit(
         for step, batch in watch.steps(start, loader.stream(start, stage.steps)):
             on_step(step)
             inputs, chance = backend.inputs(batch, Chance.of_step(seed, step, stage.batch_size))
-            with backend.autocast(stage.precision):
-                loss, tensors = module(*inputs, chance=chance)
-            loss.backward()
+            loss, tensors = backend.gradients(module, inputs, chance, stage.precision)
             gradient_norm = backend.clip(module, stage.optimizer.clip_norm)
             optimizers.step(learning_rate_share(step, stage.steps, stage.optimizer))
             backend.end_step()
@@ -222,7 +222,7 @@ def fit(
             if done > stage.steps - min(stage.steps // 5, 300):
                 last.append(tensors)  # not added up here: no step's program may differ from the others'
             if done % stage.log_every == 0 or done == stage.steps:
-                logs = backend.numbers({**tensors, "loss": loss.detach(), "gradient_norm": gradient_norm})
+                logs = backend.numbers({**tensors, "loss": loss, "gradient_norm": gradient_norm})
                 _check_finite(logs["loss"], step)
                 log.metrics(logs | watch.reading(done), done)
                 progress.set_postfix_str(_shown(logs))

@@ -1,10 +1,10 @@
-"""How ordinary video becomes a data set, and which of its clips are kept (App. B.1)."""
+"""How ordinary video becomes a data set, which of its clips are kept (App. B.1), and what is played from pictures."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from genie_model.config_node import ConfigNode
 
@@ -21,7 +21,10 @@ class IngestConfig(ConfigNode):
     quality: int = Field(18, ge=0, le=51, description="h264's CRF; lower is better")
     clips_per_shard: int = Field(256, ge=1, description="at most, in one tar")
     eval_share: float = Field(0.05, gt=0, lt=1, description="of the videos, held out whole")
-    keywords: str = Field("", description="URI of a keyword filter; empty: every video is taken whatever its title")
+    keywords: str = Field(
+        "", description="URI of a filter, or platformers, the package's own; empty: titles do not count"
+    )
+    opt_out: str = Field("", description="URI of a list in opt_out.txt's form: what stays out from the beginning")
     max_pixels: int = Field(8192 * 4320, ge=1, description="of a source frame; larger ones are rejected")
     workers: int = Field(0, ge=0, description="processes; 0: one for each core. They decide no bytes")
     seed: int = Field(0, ge=0)
@@ -45,3 +48,20 @@ class CurationConfig(ConfigNode):
     )
     weights_uri: str = Field("", description="pretrained ResNet-18 weights (safetensors) to start from; empty: none")
     seed: int = Field(0, ge=0)
+
+
+class PromptsConfig(ConfigNode):
+    """How worlds are entered from pictures unlike any training data (Figure 10)."""
+
+    hold: int = Field(4, ge=1, description="times each latent action is taken in a row, as in the figure")
+    hold_longer: int = Field(16, ge=1, description="and once more, to see what lasts")
+    aspect: Literal["crop", "pad", "stretch"] = Field(
+        "crop", description="where a picture's shape is not the frame's; crop is what the service does with uploads"
+    )
+    shown: int = Field(16, ge=1, description="rows of a picture grid, at most; all prompts are measured")
+
+    @model_validator(mode="after")
+    def _longer_is_longer(self) -> Self:
+        if self.hold_longer < self.hold:
+            raise ValueError(f"hold_longer={self.hold_longer} is below hold={self.hold}")
+        return self

@@ -70,7 +70,8 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
         ("seeds", STUDIES, "--seeds and --variant are for studies"),
         ("variants", STUDIES, "--seeds and --variant are for studies"),
         ("model_uri", ("cloning", "decoder"), "--model is for what goes on from a trained world"),
-        ("data_uri", ("decoder",), "--data is for decoder"),
+        ("data_uri", ("curation", "decoder"), "--data is for what begins with a data set"),
+        ("labels_uri", ("curation",), "--labels is for curation"),
         ("version", ("promotion",), "--version is for promotion"),
         ("dry_run", ("promotion", "rollback"), "--dry-run is for what changes the registry alone"),
         ("fresh", ("champion",), "--known-levels is for champion"),
@@ -95,7 +96,12 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model", dest="model_uri", help="of cloning (default: trains one) and decoder: a trained world's folder"
     )
-    command.add_argument("--data", dest="data_uri", help="of decoder: a data set of larger frames")
+    command.add_argument(
+        "--data", dest="data_uri", metavar="URI", help="a data set: of curation ingested from video, of decoder larger"
+    )
+    command.add_argument(
+        "--labels", dest="labels_uri", metavar="URI", help="of curation: what people said of its clips"
+    )
     command.add_argument("--version", help="of promotion: which one (default: the newest)")
     command.add_argument(
         "--dry-run", action="store_true", default=None, help="of promotion and rollback: change nothing in the registry"

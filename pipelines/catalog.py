@@ -10,7 +10,7 @@ from genie_model.presets import preset_names
 if TYPE_CHECKING:
     from pipelines.placement import Cluster
 
-STUDIES = ("lam_inputs", "tokenizers", "scaling", "cloning")
+STUDIES = ("lam_inputs", "tokenizers", "scaling", "cloning", "curation")
 UPKEEP = ("champion", "promotion", "rollback")  # of the registry
 PIPELINES = ("coinrun", "decoder", *STUDIES, *UPKEEP)
 

@@ -13,25 +13,15 @@ from typing import Literal
 import av
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
+from genie_model.stills import FORMATS, frame_of
 from serving.errors import BadRequestError, NotAnImageError, UploadTooLargeError
 from serving.schemas import Sketch
 
 Pixels = npt.NDArray[np.uint8]
 Animation = Literal["gif", "mp4"]
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _SMOOTH = 4
-_ORIENTATION = 0x0112  # in EXIF: which way the camera was held
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _MP4_HEIGHT = 256  # at least
 
 
@@ -63,26 +53,19 @@ def frame_from_upload(upload: bytes, height: int, width: int, max_pixels: int) -
     UploadTooLargeError (before anything is decoded), or BadRequestError for a damaged file.
     """
     try:
-        image = Image.open(io.BytesIO(upload), formats=_FORMATS)
+        image = Image.open(io.BytesIO(upload), formats=FORMATS)
     except Image.DecompressionBombError:
         raise _too_many_pixels(max_pixels) from None
     except UnidentifiedImageError:
-        raise NotAnImageError(f"this is no picture that can be read: send {', '.join(_FORMATS)}") from None
+        raise NotAnImageError(f"this is no picture that can be read: send {', '.join(FORMATS)}") from None
     except (OSError, SyntaxError, ValueError, struct.error):  # a known format whose header is broken
         raise BadRequestError("this picture is damaged: save it anew and send that") from None
     if image.width * image.height > max_pixels:
         raise _too_many_pixels(max_pixels)
     try:
-        image.draft("RGB", (4 * max(height, width),) * 2)  # of a JPEG only as much is decoded as the frame can show
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-        upright = image if turn is None else image.transpose(turn)
-        if upright.mode.startswith("I"):  # 16 bits of grey
-            upright = Image.fromarray((np.asarray(upright).clip(0, 65535) >> 8).astype(np.uint8))
-        rgba = upright.convert("RGBA")
+        return frame_of(image, height, width)
     except Exception:  # decoders raise anything on broken data
         raise BadRequestError(f"this {image.format} file is damaged: save it anew and send that") from None
-    fitted = ImageOps.fit(rgba, (width, height), Image.Resampling.LANCZOS)
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", fitted.size, "white"), fitted).convert("RGB"))
 
 
 def frame_from_data_url(data_url: str, height: int, width: int, max_pixels: int) -> Pixels:

@@ -36,12 +36,12 @@ def normal(name: str) -> str:
 @pytest.mark.parametrize(
     ("rooms", "extras"),
     [
-        (("genie_model",), ("collect", "steps", "tpu")),
+        (("genie_model",), ("collect", "video", "steps", "tpu")),
         (("serving",), ("serve", "otel")),
         (("components",), ("steps",)),
         (("pipelines",), ("steps", "pipelines")),
-        (("benchmarks", "examples"), ("collect", "serve")),
-        (("tests", "manifests"), ("collect", "serve", "otel", "steps", "pipelines", "tpu", "dev")),
+        (("benchmarks", "examples"), ("collect", "video", "serve")),
+        (("tests", "manifests"), ("collect", "video", "serve", "otel", "steps", "pipelines", "tpu", "dev")),
     ],
 )
 def test_every_import_is_declared(rooms: tuple[str, ...], extras: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genie_model import collectives
 from genie_model.backend import native, sharding
+from genie_model.backend.capture import CapturedGradients
 from genie_model.chance import Chance
 from genie_model.config import ParallelConfig, StageConfig
 from genie_model.data.loader import Batch
@@ -32,6 +33,7 @@ class Native:
         self.parallel = parallel
         self._sizes = parallel.mesh(int(os.environ.get("WORLD_SIZE", 1)))
         self.share, self.first = (0, 1), True
+        self._captured: CapturedGradients | None = None
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> Native:
@@ -65,6 +67,8 @@ class Native:
         if self.parallel.compile:
             for sublayer in sublayers(module):
                 sublayer.compile()
+        if self.parallel.capture and native.device().type == "cuda" and self._sizes == (1, 1, 1):
+            self._captured = CapturedGradients(module, stage.precision)
         return Optimizers(module, stage.optimizer)
 
     def inputs(self, batch: Batch, chance: Chance) -> tuple[list[Tensor], Chance]:
@@ -74,8 +78,15 @@ class Native:
             *(key.to(native.device(), non_blocking=True) for key in (chance.key, key_B))
         )
 
-    def autocast(self, precision: str) -> contextlib.AbstractContextManager[None]:
-        return native.autocast(precision)
+    def gradients(
+        self, module: nn.Module, inputs: list[Tensor], chance: Chance, precision: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self._captured:
+            return self._captured(inputs, chance)
+        with native.autocast(precision):
+            loss, logs = module(*inputs, chance=chance)
+        loss.backward()
+        return loss.detach(), logs
 
     def state(self, uri: str) -> TrainingState:
         return TrainingState(uri)

@@ -35,8 +35,13 @@ class Backend(Protocol):
     def inputs(self, batch: Batch, chance: Chance) -> tuple[list[Tensor], Chance]:
         """What a module in training takes: of this process's part of the batch, and of the whole batch's chance."""
 
-    def autocast(self, precision: str) -> AbstractContextManager[None]:
-        """bfloat16 matmuls under "bf16"; norms, softmax and losses keep float32 accumulation either way."""
+    def gradients(
+        self, module: nn.Module, inputs: list[Tensor], chance: Chance, precision: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and logs of a prepared module for what `inputs` gave; the gradients are then in its parameters.
+
+        Under "bf16" matmuls are bfloat16; norms, softmax and losses keep float32 accumulation either way.
+        """
 
     def state(self, uri: str) -> TrainingState:
         """The checkpoints there, of what `prepare` gave."""

@@ -10,7 +10,6 @@ TorchTPU, announced to follow torch-xla, would be a third file like this one: a 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
@@ -154,11 +153,13 @@ class XLA:
         sent: Tensor = xm.send_cpu_data_to_device([x_B], self._device, spec)[0]
         return sent
 
-    def autocast(self, precision: str) -> contextlib.AbstractContextManager[None]:
-        context: contextlib.AbstractContextManager[None] = torch.autocast(
-            "xla", torch.bfloat16, enabled=precision == "bf16"
-        )
-        return context
+    def gradients(
+        self, module: nn.Module, inputs: list[Tensor], chance: Chance, precision: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast("xla", torch.bfloat16, enabled=precision == "bf16"):
+            loss, logs = module(*inputs, chance=chance)
+        loss.backward()
+        return loss.detach(), logs
 
     def state(self, uri: str) -> TrainingState:
         return _State(uri, self)

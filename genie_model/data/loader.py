@@ -17,6 +17,7 @@ class Batch(NamedTuple):
     frames_BTHWC: NDArray[np.uint8]
     codes_BTNC: NDArray[np.int64] | None = None  # their tokens, where the loader has them
     actions_BT: NDArray[np.int64] | None = None  # what was done at each frame, where it has those
+    labels_B: NDArray[np.int64] | None = None  # what people said of the clips (curation.py)
 
 
 class ClipLoader:
@@ -96,7 +97,7 @@ class ClipLoader:
     def _read(self, batch: Batch, step: int, row: int) -> None:
         """Fills that row of the batch of this step."""
         epoch, position = divmod(step * self.batch_size + self._slice[row], len(self.clips))
-        episode, start = self.clips[_shuffled(position, len(self.clips), self.seed, epoch)]
+        episode, start = self.clips[shuffled(position, len(self.clips), self.seed, epoch)]
         batch.frames_BTHWC[row] = self.store.frames(episode, start, self.clip_length)
         if self.tokens and batch.codes_BTNC is not None:
             batch.codes_BTNC[row] = _as_codes(self.tokens.frames(episode, start, self.clip_length))
@@ -109,7 +110,7 @@ def _as_codes(tokens_TNC2: NDArray[np.uint8]) -> NDArray[np.uint16]:
     return tokens_TNC2.view("<u2")[..., 0]
 
 
-def _shuffled(position: int, size: int, seed: int, epoch: int) -> int:
+def shuffled(position: int, size: int, seed: int, epoch: int) -> int:
     """Where a random permutation of range(size) sends `position`, without making the permutation.
 
     A Feistel network permutes the numbers of an even count of bits whatever its round function is; following it from a

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mlflow.entities import Run
 
-from genie_model.comparison import markdown_table
 from genie_model.presets import get_preset
+from genie_model.report import markdown_table
 from genie_model.studies import Row, Study
 
 MADE = "made."  # tags: where what a step made lies
@@ -18,6 +18,7 @@ _PLAY = (
     "A world's folder plays with `python -m serving --model-uri FOLDER`, and is a Gymnasium environment. It shows what "
     "looks likely, and an action does what it did in the videos as far as the model could tell. "
 )
+_NOBODY = "No people, text or sound are in it."
 _DRIFT = "- What was never in the data cannot be dreamt. A dream drifts from the game as it goes on.\n"
 
 
@@ -39,13 +40,14 @@ def model_card(study: Study, name: str, own: Run, cells: Sequence[Run]) -> str:
         f"For research: to see what the variants change. {_PLAY if worlds else ''}Not for deciding anything about a "
         "real game, machine or person.",
         "## Training data",
-        f"{_data(study, params)} No people, text or sound are in it. {_digests(cells)}",
+        f"{_data(study, params)} {_digests(cells)}",
         "## Training",
         *(_stage(params, stage, words) for stage, words in study.stages.items()),
         "## Evaluation",
         f"{_evaluation(study, params)} The report beside this card has the figures, and what was not finished.",
         "## Limits",
-        f"- One game at {size} pixels, at the budget above: an order between variants need not hold at the paper's.\n"
+        f"- {'Few videos' if study.video else 'One game'} at {size} pixels, at the budget above: an order between "
+        "variants need not hold at the paper's.\n"
         f"{_DRIFT if worlds else ''}"
         "- Latent actions are named by number only; which is which differs from seed to seed.",
         "## Again",
@@ -61,16 +63,23 @@ def _versions(cells: Sequence[Run]) -> str:
 
 
 def _data(study: Study, params: Mapping[str, str]) -> str:
+    if study.video:
+        return (
+            f"Videos, as clips of {params['ingest.clip_seconds']} s at {params['ingest.fps']} frames a second, without "
+            "sound; some variants see only those that a filter keeps. The data set's card says whose they are. No "
+            "actions are known."
+        )
     if "train_policy" in study.stages:
         return (
             f"An expert that plans, recorded on {_count(params['cloning.levels'])} levels of CoinRun (Procgen). The "
             "oracle sees its true actions; the other policy the labels of a frozen LAM, and of the true actions as "
-            f"many as the report's columns say: {params['cloning.labelled'].strip('()[]')}."
+            f"many as the report's columns say: {params['cloning.labelled'].strip('()[]')}. {_NOBODY}"
         )
     levels, steps = (_count(params[f"data.{field}"]) for field in ("train_levels", "steps_per_level"))
     return (
         f"{levels} levels of CoinRun (Procgen, hard mode), {steps} frames each, under a random policy that holds an "
-        f"action for {params['data.action_hold']} frames. What it did is recorded, and not shown to any model."
+        f"action for {params['data.action_hold']} frames. What it did is recorded, and not shown to any model. "
+        f"{_NOBODY}"
     )
 
 
@@ -90,7 +99,8 @@ def _stage(params: Mapping[str, str], stage: str, words: str) -> str:
 def _evaluation(study: Study, params: Mapping[str, str]) -> str:
     if "train_policy" in study.stages:
         return f"{params['cloning.eval_levels']} levels of CoinRun that nothing was trained on, each played once."
-    return f"{params['evaluation.clips']} clips of levels that nothing was trained on."
+    what = "videos" if study.video else "levels"
+    return f"{params['evaluation.clips']} clips of {what} that nothing was trained on."
 
 
 def _command(name: str, own: Run, cells: Sequence[Run]) -> str:

@@ -13,7 +13,7 @@ from mlflow.entities import Run
 
 from genie_model.comparison import Comparison, compare
 from genie_model.progress import summary
-from genie_model.studies import cells, study
+from genie_model.studies import Study, cells, study
 from genie_model.tracking.card import model_card
 from genie_model.tracking.runs import StepRun
 
@@ -102,8 +102,7 @@ def report(name: str, client: MlflowClient, run_id: str) -> Reported:
     params = own.data.params
     notes = [
         f"Preset {own.data.tags['preset']}; {budget}. A cell is the mean over seeds ± its 95% interval (Student's t).",
-        f"Here: CoinRun at {params['data.frame_width']}x{params['data.frame_height']}, {params['data.train_levels']} "
-        f"levels of {params['data.steps_per_level']} frames. In the paper: {study(name).scale}.",
+        f"Here: {_here(study(name), params)}. In the paper: {study(name).scale}.",
     ]
     if unfinished:
         notes.append(f"Not finished: {'; '.join(unfinished)}. The same run again makes them.")
@@ -144,6 +143,13 @@ def record_report(name: str, run: StepRun) -> Reported:
 def _planned(run: Run) -> list[list[Any]]:
     """[variant, seed] of all that was ever asked for."""
     return list(json.loads(run.data.tags.get(_CELLS, "[]")))
+
+
+def _here(study: Study, params: Mapping[str, str]) -> str:
+    size = f"{params['data.frame_width']}x{params['data.frame_height']}"
+    if study.video:
+        return f"clips of {params['ingest.clip_seconds']} s at {size} and {params['ingest.fps']} frames a second"
+    return f"CoinRun at {size}, {params['data.train_levels']} levels of {params['data.steps_per_level']} frames"
 
 
 def _budget(run: Run, stages: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 # Extras of pyproject.toml by image; "library" is its `dependencies`.
 IMAGES = {
-    "collect": ("library", "collect", "steps"),
+    "collect": ("library", "collect", "video", "steps"),
     "train": ("library", "steps"),
     "train-tpu": ("library", "steps", "tpu"),
     "serve": ("library", "serve", "otel"),

@@ -100,7 +100,7 @@ def talkative(store: VideoStore) -> Genie:
 
 def test_latent_actions_are_what_the_lam_says_of_windows_as_it_was_trained(coloured: VideoStore) -> None:
     assert CONFIG.data.clip_length == 8
-    store = Noisy(coloured.uri, {"meta": coloured.meta, "shards": coloured._shards, "format": 1}, coloured.digest)
+    store = Noisy.open(coloured.uri)
     genie = talkative(store)
 
     def codes(episode: int, start: int, length: int) -> list[int]:
@@ -116,7 +116,7 @@ def test_latent_actions_are_what_the_lam_says_of_windows_as_it_was_trained(colou
 
 
 def test_latent_and_true_actions_of_one_index_lead_on_from_the_same_frame(coloured: VideoStore) -> None:
-    store = Noisy(coloured.uri, {"meta": coloured.meta, "shards": coloured._shards, "format": 1}, coloured.digest)
+    store = Noisy.open(coloured.uri)
     genie, frames_THWC = talkative(store), torch.from_numpy(store.frames(2, 0, 8))
     before_T = genie.infer_actions(frames_THWC[None])[0]
     frames_THWC[4:] = 0

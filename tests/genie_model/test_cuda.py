@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from variants import VARIANTS
 
 from genie_model.backend import native
 from genie_model.backend.graphs import GraphLauncher
+from genie_model.backend.processes import Native
+from genie_model.chance import Chance
+from genie_model.config import ParallelConfig
+from genie_model.data.loader import Batch
 from genie_model.genie import Genie, PlayState
 from genie_model.layers import TemporalCache
 from genie_model.presets import get_preset
@@ -88,11 +93,37 @@ def test_a_compiled_frame_is_the_launched_one_up_to_rounding() -> None:
         assert (a.float() - b.float()).abs().mean() < 1
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("part", ["tokenizer", "genie"])
+def test_a_captured_training_step_is_the_launched_one(part: str, precision: str) -> None:
+    """Up to rounding: sums over codes add up in any order on CUDA, and what follows from it soon differs."""
+
+    def losses(capture: bool) -> list[float]:
+        genie = model("dynamics.corrupt_tokens=1", "dynamics.corrupt_by=drawn", "tokenizer.codebook.learn=ema")
+        genie.tokenizer.requires_grad_(part == "tokenizer")
+        module = genie.tokenizer if part == "tokenizer" else genie
+        stage = CONFIG.train_world.model_copy(update={"precision": precision})
+        backend = Native(ParallelConfig(capture=capture))
+        optimizers, seen = backend.prepare(module, stage), []
+        for step in range(5):
+            clips = np.random.default_rng(step).integers(0, 256, (2, 8, 64, 64, 3), dtype=np.uint8)
+            inputs, chance = backend.inputs(Batch(clips), Chance.of_step(0, step, 2))
+            loss, logs = backend.gradients(module, inputs, chance, precision)
+            norm = backend.clip(module, 1.0)
+            optimizers.step()
+            seen += [loss, norm, *logs.values()]  # each step's own, read at the end
+        return [float(x) for x in seen]
+
+    found, expected = losses(capture=True), losses(capture=False)
+    assert len(set(found)) > 5 * 3
+    np.testing.assert_allclose(found, expected, rtol=0.05 if precision == "bf16" else 0.01, atol=1e-3)
+
+
 def test_a_training_step_moves_every_parameter() -> None:
     genie = model().train()
     frames = torch.rand(2, 8, 64, 64, 3, device="cuda")
     with native.autocast("bf16"):
-        loss, _ = genie(frames)
+        loss, _ = genie(frames, chance=Chance(*(key.cuda() for key in Chance.of_step(0, 0, 2))))
     loss.backward()
     named = [name for name, p in genie.named_parameters() if not name.startswith("tokenizer.")]
     assert named

@@ -154,8 +154,15 @@ def test_its_own_guesses_stand_in_for_frames_but_never_for_the_first(monkeypatch
     assert (trained[~guessed & (trained != model.mask_token)] == codes[~guessed & (trained != model.mask_token)]).all()
 
 
-def test_guessing_takes_no_weight_s_gradient_away_under_autocast() -> None:
-    model = Genie(CONFIG.with_overrides("dynamics.corrupt_tokens=1", "dynamics.corrupt_by=own")).dynamics
+def test_guesses_are_drawn_as_often_as_they_are_likely() -> None:
+    probs = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    drawn = dynamics.draw(probs.expand(20_000, 4), (torch.arange(20_000) + 0.5) / 20_000)
+    torch.testing.assert_close(drawn.bincount(minlength=4) / 20_000, probs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("by", ["own", "drawn"])
+def test_guessing_takes_no_weight_s_gradient_away_under_autocast(by: str) -> None:
+    model = Genie(CONFIG.with_overrides("dynamics.corrupt_tokens=1", f"dynamics.corrupt_by={by}")).dynamics
     with torch.autocast("cpu", torch.bfloat16):
         codes = torch.randint(16, (2, 6, 16, 4))
         loss, _ = model(codes, torch.randn(2, 5, 32), torch.randn(16, 32), Chance.of_step(0, 0, 2))

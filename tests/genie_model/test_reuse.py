@@ -10,6 +10,7 @@ import pytest
 import genie_model
 from genie_model import evaluate, train
 from genie_model.config import Config
+from genie_model.data import curation
 from genie_model.presets import get_preset
 from genie_model.source import code_digest
 
@@ -21,6 +22,8 @@ HARMLESS = {
     "checkpoint",
     "config",
     "config_node",
+    "data.columns",
+    "data.opt_out",
     "data.shards",
     "exporter",
     "files",
@@ -121,8 +124,20 @@ def test_all_code_that_decides_the_weights_is_named() -> None:
 
 def test_all_code_that_decides_the_figures_is_named() -> None:
     """What is left alone only reads and writes files, draws pictures, or trains."""
-    reads = {"cache", "checkpoint", "config", "data.shards", "files", "source"}
+    reads = {
+        "cache",
+        "checkpoint",
+        "config",
+        "config_node",
+        "data.columns",
+        "data.opt_out",
+        "data.shards",
+        "files",
+        "source",
+        "video_config",
+    }
     trains = {
+        "backend.capture",
         "backend.processes",
         "backend.seam",
         "backend.sharding",
@@ -134,3 +149,9 @@ def test_all_code_that_decides_the_figures_is_named() -> None:
     }
     harmless = reads | trains | {"pictures", "progress"}
     assert modules(evaluate._CODE) == reached_from("evaluate") - harmless
+
+
+def test_all_code_that_decides_a_clip_s_probability_is_named() -> None:
+    """Beside what training a world reads, the classifier's measures and pictures are left alone."""
+    others = reached_from("data.curation") - reached_from("train") - {"metrics", "pictures"}
+    assert others == modules(curation.CODE)

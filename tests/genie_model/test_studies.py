@@ -71,6 +71,12 @@ def test_a_curve_s_points_are_columns_in_order_and_a_plot() -> None:
     assert set(made.pictures) == {"comparison", "curve"}
 
 
+def test_curation_differs_in_the_rule_alone() -> None:
+    assert changed("curation") == {"original": {"curation.threshold"}, "curated": set()}
+    with pytest.raises(ValueError, match="keep every clip"):
+        cells("curation", "demo", ["curation.threshold=0"], [0])
+
+
 def test_cells_are_every_variant_with_every_seed_and_can_be_chosen() -> None:
     found = cells("tokenizers", "tiny", ["train_world.steps=3"], [5, 7, 5], ["vit"])
     assert [(cell.variant, cell.seed) for cell in found] == [("vit", 5), ("vit", 7)]

@@ -59,8 +59,30 @@ def test_cloning_takes_a_world_or_trains_one(tmp_path: Path) -> None:
     assert report["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}, "whatever becomes of the cells"
 
 
+def test_curation_trains_on_each_data_set_and_none_of_it_is_from_a_cache_of_uris(tmp_path: Path) -> None:
+    given = ("--data", "gs://bucket/genie/datasets/video-1", "--labels", "gs://bucket/labels.json")
+    done = pipelines("compile", "curation", *given, "--set", "curation.threshold=0.9", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    pipeline, _ = yaml.safe_load_all((tmp_path / "build" / "curation.yaml").read_text())
+    form = pipeline["root"]["inputDefinitions"]["parameters"]
+    assert all(field["description"] for field in form.values())
+    assert {name: form[name].get("defaultValue") for name in ("data_uri", "labels_uri", "overrides")} == {
+        "data_uri": "gs://bucket/genie/datasets/video-1",
+        "labels_uri": "gs://bucket/labels.json",
+        "overrides": ["curation.threshold=0.9"],
+    }
+    tasks = pipeline["root"]["dag"]["tasks"]
+    assert not any(tasks[name]["cachingOptions"].get("enableCache") for name in ("train-curator", "score"))
+    cells = pipeline["components"]["comp-for-loop-2"]["dag"]["tasks"]
+    assert list(cells) == ["curate-2", "evaluate", "train-tokenizer", "train-world"]
+    for name in ("train-tokenizer", "train-world", "evaluate"):
+        source = cells[name]["inputs"]["parameters"]["data_uri"]["taskOutputParameter"]
+        assert source == {"outputParameterKey": "data_uri", "producerTask": "curate-2"}
+    assert tasks["report"]["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
+
+
 def test_compiling_a_study_needs_no_torch() -> None:
-    named = ", ".join(f"pipelines.{study}" for study in (*STUDIES, "cloning"))
+    named = ", ".join(f"pipelines.{study}" for study in (*STUDIES, "cloning", "curation"))
     program = f"import sys, {named}; assert not {{'torch', 'mlflow', 'procgen'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
@@ -70,6 +92,7 @@ def test_compiling_a_study_needs_no_torch() -> None:
     [
         (["compile", "coinrun", "--seeds", "1"], "--seeds and --variant are for studies"),
         (["compile", "scaling", "--model", "world"], "--model is for cloning"),
+        (["compile", "scaling", "--labels", "labels.json"], "--labels is for curation"),
         (["run", "lam_inputs", "--preset", "tiny", "--variant", "pixel"], "did you mean 'pixels'"),
         (["report", "lam_inputs", "--state", "nowhere"], "there is no MLflow store"),
         (["report", "lam_inputs", "--tracking-uri", "sqlite:///empty.db"], "no experiment 'genie'"),

@@ -127,7 +127,7 @@ def test_workers_may_share_the_shards(recorded, recording_config, tmp_path):
     uri = f"{tmp_path}/datasets/{recorded.rsplit('/', 1)[-1]}"
     for shard in (2, 0):
         collect_shard(recording_config, "train", shard, uri)
-    with pytest.raises(ValueError, match="unfinished: run collect again"):
+    with pytest.raises(ValueError, match="unfinished: run collect"):
         VideoStore.open(f"{uri}/train")
     made = {name: content for name, content in files(uri).items() if "0000" in name}
     collect(recording_config, str(tmp_path))

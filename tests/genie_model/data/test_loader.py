@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from genie_model.data.loader import ClipLoader, _shuffled
+from genie_model.data.loader import ClipLoader, shuffled
 from genie_model.data.store import VideoStore
 from genie_model.data.truth import PrivilegedTruth
 
@@ -57,14 +57,14 @@ def test_every_clip_is_seen_once_an_epoch_in_another_order(store):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 64, 65, 1000])
-def test_shuffled_is_a_permutation(size):
-    assert sorted(_shuffled(i, size, seed=3, epoch=2) for i in range(size)) == list(range(size))
+def testshuffled_is_a_permutation(size):
+    assert sorted(shuffled(i, size, seed=3, epoch=2) for i in range(size)) == list(range(size))
 
 
-def test_shuffled_has_no_order():
+def testshuffled_has_no_order():
     size = 5000
-    order = np.array([_shuffled(i, size, seed=0, epoch=0) for i in range(size)])
-    again = np.array([_shuffled(i, size, seed=0, epoch=1) for i in range(size)])
+    order = np.array([shuffled(i, size, seed=0, epoch=0) for i in range(size)])
+    again = np.array([shuffled(i, size, seed=0, epoch=1) for i in range(size)])
     for a, b in [(order, np.arange(size)), (order[1:], order[:-1]), (order, again)]:
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.06  # four standard deviations of chance
     assert len(np.unique(np.diff(order))) > size / 4

@@ -21,7 +21,7 @@ def store(recorded):
 
 def test_any_part_of_an_episode_equals_that_part_of_the_whole(store):
     generator = np.random.default_rng(0)
-    shifted = [i for i, (_, entry) in enumerate(store._episodes) if entry["first_chunk"] != CHUNK_FRAMES]
+    shifted = np.flatnonzero(store.columns.first_chunk != CHUNK_FRAMES).tolist()
     assert shifted  # episodes that start within a chunk
     for episode in [0, *shifted]:
         length = int(store.episode_lengths[episode])
@@ -115,7 +115,7 @@ def test_the_folder_of_both_splits_is_not_a_store(recorded):
 def test_empty_data_set(copied):
     path = copied[1] / "train" / "index.json"
     index = json.loads(path.read_text())
-    path.write_text(json.dumps({**index, "shards": []}))
+    path.write_text(json.dumps({**index, "episodes": 0}))
     with pytest.raises(ValueError, match="is empty"):
         VideoStore.open(str(path.parent))
 
@@ -123,7 +123,7 @@ def test_empty_data_set(copied):
 def test_damaged_index(copied):
     path = copied[1] / "train" / "index.json"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"index\.json is damaged: delete it and run collect again"):
+    with pytest.raises(ValueError, match=r"index\.json is damaged: delete it and run collect"):
         VideoStore.open(str(path.parent))
 
 
@@ -144,17 +144,16 @@ def without(tree, path):
         ("meta",),
         ("meta", "split"),
         ("meta", "frame_shape"),
-        ("shards",),
-        ("shards", 1, "sha256"),
-        ("shards", 1, "truth", "bytes"),
-        ("shards", 1, "episodes"),
-        ("shards", 1, "episodes", 0, "offset"),
+        ("origin",),
+        ("episodes",),
+        ("columns",),
+        ("columns", "offset", "sha256"),
     ],
 )
 def test_an_index_that_lacks_something_is_damaged(copied, path):
     file = copied[1] / "train" / "index.json"
     file.write_text(json.dumps(without(json.loads(file.read_text()), path)))
-    with pytest.raises(ValueError, match=r"train/index\.json is damaged: delete it and run collect again"):
+    with pytest.raises(ValueError, match=r"train/index\.json is damaged: delete it and run collect"):
         VideoStore.open(str(file.parent))
 
 
@@ -186,9 +185,9 @@ def test_changed_bytes_are_noticed_by_reading_and_by_verify(copied, recording_co
     store.verify()
     path = folder / "train" / "shard-00000.tar"
     data = bytearray(path.read_bytes())
-    data[store._episodes[0][1]["offset"] + 2000] ^= 1
+    data[int(store.columns.offset[0]) + 2000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"shard-00000\.tar is damaged: delete it and run collect again"):
+    with pytest.raises(ValueError, match=r"shard-00000\.tar is damaged: delete it and run collect"):
         VideoStore.open(f"{folder}/train").frames(0, 0, CHUNK_FRAMES)
     with pytest.raises(ValueError, match=r"shard-00000\.tar is damaged"):
         store.verify()

@@ -1,0 +1,254 @@
+"""Where video comes from, whatever its container: a folder, a bucket's prefix or a manifest of files.
+
+A source is a `Listing` of `Video`s, read one after the other, so that it may have millions. A video gives frames at a
+constant rate and size (`Framing`), or is rejected with a reason of `Reason`.
+"""
+
+from __future__ import annotations
+
+import abc
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Literal, get_args
+
+import numpy as np
+from fsspec.core import url_to_fs
+from numpy.typing import NDArray
+from PIL import Image
+
+from genie_model import cache
+from genie_model.files import is_local
+
+Reason = Literal[
+    "missing",  # no such file, or it may not be read
+    "empty",  # a file of zero bytes
+    "not a video",  # no container of video, or one whose head is broken or missing
+    "no picture",  # audio only, or a cover picture
+    "too large",  # of more pixels than ingest.max_pixels
+    "too narrow",  # a side under 16 pixels
+    "tilted",  # to be shown at an angle that is no multiple of 90 degrees
+    "timestamps",  # none, backwards, a gap of over a minute, or more than a thousand frames a second
+    "truncated",  # it ends before the time that its head announces
+    "corrupt",  # a part of it cannot be decoded
+    "crashed",  # its decoder ended the process that ran it
+    "too short",  # for one clip
+    "keywords",  # the filter's words did not want its title or description
+    "opted out",
+]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+Note = Callable[[str], object]  # is told what was done to a video that is not plain, as "turned by 90 degrees"
+
+_TEXTS = ("title", "description", "owner", "licence")
+_MANIFESTS = {".csv", ".parquet"}
+
+
+def no_note(text: str) -> None:
+    """For who does not want to know."""
+
+
+class Rejected(Exception):  # noqa: N818 - it is no error of the program
+    """The video makes no clips; `detail` is one line for people."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        assert reason in REASONS, reason
+        super().__init__(reason, detail)
+        self.reason: Reason = reason
+        self.detail = " ".join(detail.split())[:300]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What every source's frames become: `fps` of them a second, of height x width pixels.
+
+    A picture of another shape than the frame's is shown whole between black bars ("pad"), or its middle fills the frame
+    ("crop"), or it is squeezed ("stretch").
+    """
+
+    fps: float
+    height: int
+    width: int
+    aspect: Literal["pad", "crop", "stretch"] = "pad"
+    max_pixels: int = 8192 * 4320
+
+    def inner(self, height: float, width: float) -> tuple[int, int]:
+        """(height, width) that a picture of this display size is scaled to, for `place`."""
+        if self.aspect == "stretch":
+            return self.height, self.width
+        scales = self.height / height, self.width / width
+        scale = min(scales) if self.aspect == "pad" else max(scales)
+        return max(round(height * scale), 1), max(round(width * scale), 1)
+
+    def place(self, inner_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The frame, uint8 (height, width, 3), with the middle of the scaled picture in its middle."""
+        frame_HWC = np.zeros((self.height, self.width, 3), np.uint8)
+        (top, height), (left, width) = (
+            ((outer - size) // 2, min(size, outer))
+            for outer, size in ((self.height, inner_HWC.shape[0]), (self.width, inner_HWC.shape[1]))
+        )
+        frame_HWC[max(top, 0) : max(top, 0) + height, max(left, 0) : max(left, 0) + width] = inner_HWC[
+            max(-top, 0) : max(-top, 0) + height, max(-left, 0) : max(-left, 0) + width
+        ]
+        return frame_HWC
+
+    def fit(self, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A uint8 RGB picture of any size as a frame; for sources that PyAV does not decode. Raises Rejected."""
+        height, width = image_HWC.shape[:2]
+        self.check_size(height, width)
+        inner_height, inner_width = self.inner(height, width)
+        picture = Image.fromarray(image_HWC).resize((inner_width, inner_height), Image.Resampling.BILINEAR)
+        return self.place(np.asarray(picture))
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises Rejected for pictures of an absurd size."""
+        if height * width > self.max_pixels:
+            raise Rejected("too large", f"{width} x {height} pixels, at most {self.max_pixels:,} are taken")
+        if min(height, width) < 16:
+            raise Rejected("too narrow", f"{width} x {height} pixels")
+
+
+@dataclass(frozen=True)
+class Video(abc.ABC):
+    """One video of a source. It can be pickled: other processes decode it."""
+
+    id: str  # stable: of the manifest, else the path below the source
+    uri: str
+    title: str = ""
+    description: str = ""
+    owner: str = ""
+    licence: str = ""
+    version: str = ""  # changes when the bytes do: size and time, or the store's checksum; names the data set
+    about: Mapping[str, str] = field(default_factory=dict)  # further provenance
+
+    @abc.abstractmethod
+    def frames(self, framing: Framing, note: Note = no_note) -> Iterator[NDArray[np.uint8]]:
+        """uint8 (height, width, 3) at the constant framing.fps, from the video's first frame on. Raises Rejected."""
+
+    def provenance(self) -> dict[str, str]:
+        """What its clips tell of it; empty fields are left out."""
+        known = {**self.about, "source": self.id, "uri": self.uri, **{name: getattr(self, name) for name in _TEXTS}}
+        return {name: value for name, value in known.items() if value}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The videos at a place, in an order that does not change. Iterating reads the place anew."""
+
+    uri: str
+    kind: str  # folder, manifest, ...
+    each: Callable[[], Iterator[Video]]
+
+    def __iter__(self) -> Iterator[Video]:
+        return self.each()
+
+
+@dataclass(frozen=True)
+class FileVideo(Video):
+    """A file of any container and codec that FFmpeg's libraries read, or the seconds of one from `start` to `stop`."""
+
+    start: float = 0.0
+    stop: float = math.inf
+
+    def frames(self, framing: Framing, note: Note = no_note) -> Iterator[NDArray[np.uint8]]:
+        from genie_model.data.video import decode  # PyAV is the video extra's
+
+        fs, path = url_to_fs(self.uri)
+        try:
+            file = cache.try_again(self.uri, lambda: fs.open(path, "rb", block_size=1 << 20))
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise Rejected("missing", f"{type(error).__name__}: {error}") from None
+        with file:
+            yield from decode(file, framing, note, self.start, self.stop)
+
+
+def videos_at(source_uri: str) -> Listing:
+    """What lies there: a manifest (.csv or .parquet) of video files, or a folder or bucket prefix of them.
+
+    A manifest's columns are uri (or path), relative to its own folder or not, and title, description, owner, licence
+    and id where there are such; others become provenance. Every file of a folder is a video, or is rejected with a
+    reason; its title is its name. Hidden ones and manifests are passed over. A bucket's files that a manifest names are
+    not asked for their size one by one: where they change under their names, a column (etag, say) has to tell. Robot
+    episodes (RLDS and LeRobot folders) are told by what lies there (robotics.py). Raises ValueError when nothing is
+    there, and, as it is read, for a manifest that is damaged.
+    """
+    from genie_model.data.robotics import episodes_at  # it is built on this file
+
+    source_uri = source_uri.rstrip("/")
+    if episodes := episodes_at(source_uri):
+        return episodes
+    fs, root = url_to_fs(source_uri)
+    if PurePosixPath(root).suffix.lower() in _MANIFESTS and fs.isfile(root):
+        return Listing(source_uri, "manifest", lambda: _of_manifest(source_uri))
+    if not fs.isdir(root):
+        raise ValueError(f"there is no folder or manifest (.csv, .parquet) of videos at {source_uri}: correct the path")
+    return Listing(source_uri, "folder", lambda: _of_folder(source_uri))
+
+
+def _of_folder(source_uri: str) -> Iterator[Video]:
+    fs, root = url_to_fs(source_uri)
+    for info in _files_below(fs, root.rstrip("/")):
+        below = PurePosixPath(info["name"]).relative_to(root.rstrip("/") or "/")
+        title = below.stem.replace("_", " ").replace("-", " ")
+        yield FileVideo(str(below), f"{source_uri}/{below}", title, version=version_of(info))
+
+
+def _files_below(fs: Any, folder: str) -> Iterator[Mapping[str, Any]]:
+    """In the order of their names; of a bucket with millions of files, a folder at a time is in memory."""
+    for info in sorted(fs.ls(folder, detail=True), key=lambda info: str(info["name"])):
+        path = PurePosixPath(info["name"])
+        if path.name.startswith(".") or info["name"].rstrip("/") == folder:
+            continue
+        if info["type"] == "directory":
+            yield from _files_below(fs, info["name"].rstrip("/"))
+        elif info["type"] != "other" and path.suffix.lower() not in _MANIFESTS:  # a pipe would be waited for
+            yield info
+
+
+def _of_manifest(manifest_uri: str) -> Iterator[Video]:
+    folder, known = manifest_uri.rpartition("/")[0] or ".", {"uri", "path", "id", *_TEXTS}
+    for number, row in enumerate(_rows(manifest_uri)):
+        place = row.get("uri") or row.get("path") or ""
+        if not place:
+            raise ValueError(f"{manifest_uri}: row {number + 1} has no uri or path")
+        uri = place if "://" in place or place.startswith("/") else f"{folder}/{place}"
+        version = version_of(_local_info(uri)) if is_local(uri) else ""
+        about = {name: value for name, value in row.items() if name not in known}
+        texts: dict[str, Any] = {name: row.get(name, "") for name in _TEXTS}
+        yield FileVideo(row.get("id") or place, uri, version=version, about=about, **texts)
+
+
+def _local_info(uri: str) -> Mapping[str, Any]:
+    fs, path = url_to_fs(uri)
+    try:
+        found: Mapping[str, Any] = fs.info(path)
+    except OSError:
+        return {}
+    return found
+
+
+def _rows(manifest_uri: str) -> Iterator[dict[str, str]]:
+    """Of a CSV or Parquet file, as texts, without what is empty."""
+    fs, path = url_to_fs(manifest_uri)
+    rows: Iterable[Mapping[Any, Any]]
+    with fs.open(path, "rb") as file:
+        if path.lower().endswith(".parquet"):
+            import pyarrow.parquet as pq  # the video extra's
+
+            rows = (row for batch in pq.ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
+        else:
+            rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+        try:
+            for row in rows:
+                yield {str(name): str(value).strip() for name, value in row.items() if name and value not in (None, "")}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{manifest_uri} is no CSV in UTF-8: {error}") from None
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """A file's size and checksum, or its time of change where its store has none."""
+    marks = ("ETag", "etag", "md5Hash", "crc32c", "mtime", "LastModified", "updated", "created")
+    mark = next((str(info[name]) for name in marks if info.get(name)), "")
+    return f"{info.get('size')} {mark}"
