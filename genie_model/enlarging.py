@@ -110,8 +110,9 @@ def measure(config: Config, trained: Enlarging, store: VideoStore) -> tuple[dict
 
     `large_psnr` pools the squared errors of a clip each of `evaluation.clips` episodes, spread evenly over the store;
     `large_psnr_bicubic` is what the tokenizer's own picture of the same tokens comes to, enlarged by bicubic
-    interpolation, and `large_psnr_gain` what the larger decoder is worth beyond it, in dB. Intervals are over episodes.
-    Raises ValueError where no two episodes are long enough.
+    interpolation, and `large_psnr_gain` what the larger decoder is worth beyond it, in dB. Intervals are over the
+    videos that the episodes are from, or over episodes where no video is named. Raises ValueError where no two
+    episodes are long enough.
     """
     scale, length = config.large_decoder.scale, config.data.clip_length
     long_enough = np.flatnonzero(store.episode_lengths >= length)
@@ -121,6 +122,8 @@ def measure(config: Config, trained: Enlarging, store: VideoStore) -> tuple[dict
         )
     count = min(config.evaluation.clips, len(long_enough))
     chosen = long_enough[np.linspace(0, len(long_enough) - 1, count).round().astype(int)]
+    source_E = store.hashes_in("source", range(store.num_shards))[chosen]
+    source_E = np.where(source_E, source_E, chosen.astype(np.uint64))
     trained.to(native.device()).eval()
     errors, shown = [], list[list[NDArray[np.float32]]]()
     for episode in bar(chosen.tolist(), desc="measure larger frames", unit="clip"):
@@ -133,9 +136,9 @@ def measure(config: Config, trained: Enlarging, store: VideoStore) -> tuple[dict
         shown += [[clip[-1] for clip in clips]] if len(shown) < config.evaluation.grid_prompts else []
     large_E, bicubic_E = np.array(errors).T
     found = {
-        "large_psnr": metrics.pooled_psnr(large_E, chosen),
-        "large_psnr_bicubic": metrics.pooled_psnr(bicubic_E, chosen),
-        "large_psnr_gain": metrics.pooled_psnr_gain(large_E, bicubic_E, chosen),
+        "large_psnr": metrics.pooled_psnr(large_E, source_E),
+        "large_psnr_bicubic": metrics.pooled_psnr(bicubic_E, source_E),
+        "large_psnr_gain": metrics.pooled_psnr_gain(large_E, bicubic_E, source_E),
     }
     frames_RCHWC = (np.array(shown) * 255).round().clip(0, 255).astype(np.uint8)
     rows = [f"episode {episode}" for episode in chosen[: len(shown)]]

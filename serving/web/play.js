@@ -23,6 +23,7 @@ let maxUploadBytes = Infinity;
 let held = [];                  // actions whose key or button is down; the newest is taken
 let tapped = null;              // an action pressed and not yet taken, so that the shortest tap counts
 let stepping = false;
+let resized = false;            // the newest frame is of the size that was wanted before
 let previewTimer = 0;
 let previewRequest = new AbortController();
 let previewed = null;           // the step whose previews the buttons show
@@ -190,6 +191,7 @@ async function run() {
   }
   tapped = null;
   stepping = false;
+  if (played.session && resized) fetchResized();
   if (played.session && played.past === null) staleUntilPreviewed(PREVIEW_AFTER_MS);
 }
 
@@ -223,13 +225,18 @@ async function catchUp() {
   }
 }
 
-/** The frames to come are large, or small again, and the newest is fetched so. */
-async function resize() {
+/** The frames to come are large, or small again, and the newest is fetched so, once no step is under way. */
+function resize() {
   if (!played.session || $("large").hidden) return;
-  const { signal } = played;
   played.large = beside.world.large = !played.large;
   $("large").setAttribute("aria-pressed", played.large);
-  if (stepping) return;   // the next frame is on its way
+  resized = true;
+  if (!stepping) fetchResized();
+}
+
+async function fetchResized() {
+  const { signal } = played;
+  resized = false;
   try {
     await played.catchUp();
     await beside.follow((world) => world.catchUp());
