@@ -203,7 +203,7 @@ def main() -> None:
     arguments = parser.parse_args()
     study, out = arguments.study, arguments.out or Path(f"build/choices-{arguments.study}.md")
     try:
-        held_out = HeldOut.open(f"{arguments.data}/eval")
+        held_out = HeldOut.open(f"{arguments.data}/eval", most=128)
         same = budget(study, arguments.overrides, held_out)
         out.parent.mkdir(parents=True, exist_ok=True)
         client = connect(arguments.tracking_uri)

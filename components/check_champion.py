@@ -16,8 +16,13 @@ def check_champion(
     metrics: dsl.Output[dsl.Metrics],
     pictures: dsl.Output[dsl.HTML],
     confusion: dsl.Output[dsl.ClassificationMetrics],
+    data_uri: str = "",
+    model_name: str = "genie",
 ) -> NamedTuple("Checked", [("held", bool), ("reason", str)]):
-    """Measures the champion again, on today's levels or the registered ones. Returns whether it holds, and why."""
+    """Measures the champion again, on that data set's held-out video. Returns whether it holds, and why.
+
+    Without a `data_uri` on today's levels of CoinRun, or the registered ones.
+    """
     from json import dumps
     from pathlib import Path
 
@@ -29,11 +34,13 @@ def check_champion(
 
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "pipeline": "champion"}
     with step("check-champion", preset, overrides, **where, ends_pipeline=True) as run:
-        data_uri = collect(of_today(run.config) if fresh else run.config, root_uri, run, splits=("eval",))
+        if not data_uri:
+            data_uri = collect(of_today(run.config) if fresh else run.config, root_uri, run, splits=("eval",))
         run.dataset(data_uri, splits=("eval",))
-        found = check(data_uri, run)
+        found = check(data_uri, run, model_name)
         metrics.metadata.update(found.figures)
-        confusion.log_confusion_matrix(list(DIRECTIONS), found.evaluation.confusion.tolist())
+        if found.evaluation.confusion is not None:
+            confusion.log_confusion_matrix(list(DIRECTIONS), found.evaluation.confusion.tolist())
         for artifact in (metrics, confusion):
             Path(artifact.path).write_text(dumps(artifact.metadata))
         Path(pictures.path).write_text(html_page(found.reason, found.figures, found.evaluation.pictures))

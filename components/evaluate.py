@@ -18,7 +18,7 @@ def evaluate(
     data_digest: str = "",
     study: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
 ) -> dict:
-    """Measures the model on levels it never saw. Returns the metrics; their 95% half widths end in _ci95."""
+    """Measures the model on video it never saw. Returns the metrics; their 95% half widths end in _ci95."""
     from json import dumps
     from math import isfinite
     from pathlib import Path
@@ -35,8 +35,9 @@ def evaluate(
         measured = {name: float(value) for name, value in result.metrics.items() if isfinite(value)}
         run.result(measured)
         metrics.metadata.update(measured)
-        confusion.log_confusion_matrix(list(DIRECTIONS), result.confusion.tolist())
+        if result.confusion is not None:
+            confusion.log_confusion_matrix(list(DIRECTIONS), result.confusion.tolist())
         for artifact in (metrics, confusion):  # kfp.local caches none without a file
             Path(artifact.path).write_text(dumps(artifact.metadata))
-        Path(pictures.path).write_text(html_page(f"{run.config.name} on held-out levels", measured, result.pictures))
+        Path(pictures.path).write_text(html_page(f"{run.config.name} on held-out video", measured, result.pictures))
     return measured

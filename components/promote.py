@@ -14,6 +14,7 @@ def promote(
     data_uri: str = "",
     dry_run: bool = False,
     pipeline: str = "coinrun",
+    model_name: str = "genie",
 ) -> str:
     """Makes the version the champion if it is no worse than the one that is served. Returns the decision in a line.
 
@@ -26,5 +27,5 @@ def promote(
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "pipeline": pipeline}
     with step("promote", preset, overrides, **where, ends_pipeline=True) as run:
         measured_on = data_uri or collect(run.config, root_uri, run, splits=("eval",))
-        decision = promote_version(version, measured_on, run, dry_run=dry_run)
+        decision = promote_version(version, measured_on, run, model_name, dry_run=dry_run)
     return decision.reason

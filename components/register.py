@@ -13,17 +13,19 @@ def register(
     data_uri: str,
     model_uri: str,
     metrics: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
+    model_name: str = "genie",
     large_decoder_uri: str = "",
-    pipeline: str = "coinrun",
+    study: dict = {},  # noqa: B006
 ) -> str:
-    """Makes the model, measured on that data set, a version of the registered model "genie". Returns the version.
+    """Makes the model, measured on that data set, a version of the registered model. Returns the version.
 
     A larger decoder becomes part of it. Without metrics promotion measures.
     """
     from genie_model.tracking import register as register_model
     from genie_model.tracking import step
 
-    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "pipeline": pipeline}
-    with step("register", preset, overrides, **where, ends_pipeline=pipeline != "coinrun") as run:
-        version = register_model(model_uri, metrics, data_uri, run, large_decoder_uri=large_decoder_uri)
+    where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
+    ends = study.get("pipeline") == "decoder"
+    with step("register", preset, overrides, **where, ends_pipeline=ends) as run:
+        version = register_model(model_uri, metrics, data_uri, run, model_name, large_decoder_uri)
     return version

@@ -24,7 +24,7 @@ def train_decoder(
     from genie_model.tracking import step
 
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
-    with step("train-decoder", preset, [*machine, *overrides], **where, pipeline="decoder") as run:
+    with step("train-decoder", preset, [*machine, *overrides], **where) as run:
         run.dataset(data_uri, expected=data_digest)
         decoder_uri = train_large_decoder(run.config, data_uri, tokenizer_uri, root_uri, run)
         run.made("large_decoder", decoder_uri)

@@ -66,11 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     decoder = commands.add_parser(
         "train-decoder", help="train a larger decoder of the same tokens; prints its URI last"
     )
+    curator = commands.add_parser(
+        "train-curator", help="learn good clips from labels; prints the classifier's URI last"
+    )
+    score = commands.add_parser("score", help="have a classifier look at every clip; prints the scores' URI last")
+    curate = commands.add_parser("curate", help="list the clips whose scores are good; prints the data set's URI last")
     prompts = commands.add_parser("prompts", help="enter a world from pictures (Figure 10); prints where the page lies")
     for command in commands.choices.values():
         command.add_argument("preset", help=f"one of {', '.join(preset_names())}")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
-    for command in (collect, ingest, tokenizer, world, decoder):
+    for command in (collect, ingest, tokenizer, world, decoder, curator, score, curate):
         command.add_argument("--root", required=True, metavar="URI", help="where data sets, models and checkpoints lie")
         command.add_argument(
             "--result",
@@ -78,8 +83,9 @@ def _parser() -> argparse.ArgumentParser:
             metavar="URI",
             help="also write what is printed last there, for a pipeline that goes on: its MLflow run stays open",
         )
-    for command in (tokenizer, world, decoder):
+    for command in (tokenizer, world, decoder, curator, score, curate):
         command.add_argument("--data", required=True, metavar="URI", help="a data set")
+    for command in (tokenizer, world, decoder):
         command.add_argument(
             "--tracking-uri", default="", help="an MLflow server; default: $MLFLOW_TRACKING_URI, or none"
         )
@@ -91,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     decoder.add_argument(
         "--tokenizer", required=True, metavar="URI", help="a trained tokenizer, or the world that was trained on it"
     )
+    curator.add_argument("--labels", required=True, metavar="URI", help="a file that `python -m serving.label` wrote")
+    score.add_argument("--classifier", required=True, metavar="URI", help="a trained classifier")
+    score.add_argument(
+        "--share", default=(0, 1), type=_share, metavar="I/N", help="the I-th of N jobs that score at once, 0/N first"
+    )
+    curate.add_argument("--scores", required=True, metavar="URI", help="of all clips")
     prompts.add_argument("--model", required=True, metavar="URI", help="a trained world model")
     prompts.add_argument("--images", default="", metavar="URI", help="a folder of pictures; default: samples made here")
     prompts.add_argument("--out", required=True, metavar="URI", help="a folder for page, pictures and figures")
@@ -98,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     opt_out.add_argument("--data", required=True, metavar="URI", help="a data set")
     opt_out.add_argument("ids", nargs="+", metavar="ID", help="a source's id, owner:NAME, or sha256:DIGEST of a clip")
     return parser
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: 0/4, 1/4, 2/4 and 3/4 are the four of four jobs")
+    return int(index), int(count)
 
 
 def _describe(args: argparse.Namespace, config: Config) -> str:
@@ -135,6 +154,14 @@ def _made(args: argparse.Namespace, config: Config) -> str:
         from genie_model.data.ingest import ingest
 
         return ingest(config, args.source, args.root) if speaks() else ""
+    if args.command in ("train-curator", "score", "curate"):
+        from genie_model.data import curation
+
+        if args.command == "train-curator":
+            return curation.train_classifier(config, args.data, args.labels, args.root)
+        if args.command == "score":
+            return curation.score(config, args.data, args.classifier, args.root, share=args.share)
+        return curation.curate(config, args.data, args.scores, args.root)
     from genie_model.enlarging import train_large_decoder
     from genie_model.train import train_tokenizer, train_world
 

@@ -1,4 +1,8 @@
-"""How good a Genie is on levels it was never trained on (section 3, Metrics). Only here are true actions read."""
+"""How good a Genie is on video it was never trained on (section 3, Metrics).
+
+Where true actions are known, also what its latent ones tell of them (beside_truth.py). Where nobody knows them, as of
+ordinary video, that is not measured; and what is called a level here, the unit of every interval, is a source video.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from genie_model import files, metrics, pictures
+from genie_model.beside_truth import measure_beside_truth
 from genie_model.checkpoint import load_model
 from genie_model.config import Config
 from genie_model.data.held_out import HeldOut
 from genie_model.data.store import VideoStore
 from genie_model.genie import Genie
 from genie_model.metrics import Estimate, VideoFeatures
-from genie_model.probe import supervised_bound
 from genie_model.progress import NoLog, RunLog, bar, summary
 from genie_model.source import code_digest
 from genie_model.video_features import I3DFeatures, Random3DFeatures
@@ -31,6 +35,7 @@ _BATCH = 16  # clips at a time
 _CODE = (  # what decides the figures of given weights
     "backend/graphs.py",
     "backend/native.py",
+    "beside_truth.py",
     "data/codecs.py",
     "data/held_out.py",
     "data/store.py",
@@ -57,13 +62,13 @@ class Evaluation:
     """`metrics` by name, those with an interval over levels beside a `_ci95`; `pictures` are uint8 (H, W, 3).
 
     `curves` are over t, the frames since the prompt: entry i of each is for t = i + 1. `confusion` counts (true, told)
-    how often latent actions told which of `metrics.DIRECTIONS`.
+    how often latent actions told which of `metrics.DIRECTIONS`; there is none where true actions are not known.
     """
 
     metrics: dict[str, float]
     curves: dict[str, list[float]]
     pictures: dict[str, Frames]
-    confusion: NDArray[np.int64]
+    confusion: NDArray[np.int64] | None
 
     def log_to(self, log: RunLog) -> None:
         log.metrics(self.metrics)
@@ -82,9 +87,9 @@ def evaluate(config: Config, model_uri: str, data_uri: str, log: RunLog = NoLog(
     """
     genie = load_model(model_uri)
     genie.config = genie.config.model_copy(update={"sampling": config.sampling})
-    held_out = HeldOut.open(f"{data_uri}/eval")
+    held_out = HeldOut.open(f"{data_uri}/eval", config.evaluation.clips)
     evaluation = measure(config, genie, held_out)
-    save_start_frames(model_uri, data_uri, config)
+    save_start_frames(model_uri, held_out)
     evaluation.log_to(log)
     summary("evaluate", _headline(config, evaluation.metrics))
     return evaluation
@@ -122,13 +127,12 @@ def measured_on(config: Config, data_uri: str) -> str:
     return hashlib.sha256(f"{held_out} {asked} {code_digest(_CODE)}".encode()).hexdigest()[:12]
 
 
-def save_start_frames(model_uri: str, data_uri: str, config: Config, count: int = 8) -> list[str]:
+def save_start_frames(model_uri: str, held_out: HeldOut, count: int = 8) -> list[str]:
     """Writes `count` held-out first frames that look unlike each other to <model_uri>/start_frames/00.png, ....
 
     They are what play starts from when nobody uploads an image. Returns their URIs; the same data give the same files.
     """
-    store = VideoStore.open(f"{data_uri}/eval")
-    firsts_BHWC = np.stack([store.frames(episode, 0, 1)[0] for episode in range(store.num_episodes)])
+    firsts_BHWC = np.stack([episode.frames_THWC[0] for episode in held_out.episodes])
     uris = []
     for number, index in enumerate(pictures.most_different(firsts_BHWC, count)):
         png = io.BytesIO()
@@ -224,62 +228,17 @@ def _video_features(config: Config) -> list[VideoFeatures]:
 
 def _measure_latent_actions(
     config: Config, genie: Genie, held_out: HeldOut, found: Findings, drawn: dict[str, Frames]
-) -> NDArray[np.int64]:
-    """What the latent actions of all held-out transitions tell of the true ones; returns `Evaluation.confusion`."""
-    length = config.data.clip_length
-    windows = held_out.windows(length, stride=length - 1)  # each transition once
-    frames_WTHWC = np.stack([episode.frames_THWC[start : start + length] for episode, start in windows])
-    latents_N = _in_batches(genie.infer_actions, frames_WTHWC, "latent actions").ravel()
-    actions_N = np.concatenate([episode.action_T[start : start + length - 1] for episode, start in windows])
-    dx_N = np.concatenate([np.diff(episode.x_T[start : start + length]) for episode, start in windows])
-    dy_N = np.concatenate([np.diff(episode.y_T[start : start + length]) for episode, start in windows])
-    levels_N = np.repeat([episode.level for episode, _ in windows], length - 1)
-    found.update(metrics.latents_beside_truth(latents_N, actions_N, dx_N, dy_N, levels_N, config.num_actions))
-    for axis in ("x", "y"):
-        change_N = np.concatenate([_change(getattr(e, f"{axis}_T"), start, length) for e, start in windows])
-        known_N = np.isfinite(change_N)
-        found[f"displacement_change_{axis}_explained"] = metrics.explained_variance(
-            latents_N[known_N], change_N[known_N], levels_N[known_N]
-        )
-    found["direction_supervised_bound"] = _direction_bound(held_out, config)
-
-    directions_N = metrics.coinrun_direction(actions_N)
-    table_AC = metrics.contingency_table(latents_N, directions_N, config.num_actions, len(metrics.DIRECTIONS))
-    rows = [f"action {a + 1} ({share:.0%} of all)" for a, share in enumerate(table_AC.sum(axis=1) / table_AC.sum())]
-    drawn["actions_beside_truth"] = pictures.share_table(table_AC, rows, metrics.DIRECTIONS)
-    confusion_CC = metrics.direction_confusion(latents_N, directions_N, levels_N)
-    shares = [
-        f"{name} ({share:.0%} of all)"
-        for name, share in zip(metrics.DIRECTIONS, confusion_CC.sum(axis=1) / len(latents_N), strict=True)
-    ]
-    drawn["true_direction_beside_told"] = pictures.share_table(confusion_CC, shares, metrics.DIRECTIONS)
-    return confusion_CC
-
-
-def _change(place_T: NDArray[np.float64], start: int, length: int) -> NDArray[np.float64]:
-    """By how much each displacement between frames start..start + length - 1 differs from the one before it.
-
-    An episode's first has none before it: NaN.
-    """
-    if start:
-        return np.diff(place_T[start - 1 : start + length], n=2)
-    return np.diff(place_T[:length], n=2, prepend=np.nan)
-
-
-def _direction_bound(held_out: HeldOut, config: Config) -> Estimate:
-    """Every transition that has a frame before it, told by a supervised net."""
-    episodes = [episode for episode in held_out.episodes if len(episode.frames_THWC) > 2]
-    starts = np.cumsum([0, *[len(episode.frames_THWC) for episode in episodes]])
-    return supervised_bound(
-        np.concatenate([episode.frames_THWC for episode in episodes]),
-        np.concatenate(
-            [start + np.arange(1, len(e.frames_THWC) - 1) for start, e in zip(starts, episodes, strict=False)]
-        ),
-        np.concatenate([metrics.coinrun_direction(episode.action_T[1:]) for episode in episodes]),
-        np.repeat([episode.level for episode in episodes], [len(e.frames_THWC) - 2 for e in episodes]),
-        steps=config.evaluation.probe_steps,
-        seed=config.seed,
+) -> NDArray[np.int64] | None:
+    """The latent actions of all held-out transitions, and the true ones they tell; returns `Evaluation.confusion`."""
+    windows = held_out.windows(config.data.clip_length, stride=config.data.clip_length - 1)  # each transition once
+    frames_WTHWC = np.stack(
+        [episode.frames_THWC[start : start + config.data.clip_length] for episode, start in windows]
     )
+    latents_N = _in_batches(genie.infer_actions, frames_WTHWC, "latent actions").ravel()
+    least = metrics.MIN_ACTION_SHARE
+    found["lam_action_usage"] = metrics.code_usage(latents_N, config.num_actions, min_share=least)
+    found["lam_action_perplexity"] = metrics.code_perplexity(latents_N, config.num_actions)
+    return measure_beside_truth(config, held_out, windows, latents_N, found, drawn) if held_out.has_truth else None
 
 
 def _lam_mse_over_copy(genie: Genie, frames_BTHWC: Frames, levels_B: NDArray[np.int64]) -> Estimate:
@@ -360,13 +319,17 @@ def _headline(config: Config, found: dict[str, float]) -> str:
         return f"{found[name]:.{digits}f} ± {found[f'{name}_ci95']:.{digits}f}"
 
     horizon = config.evaluation.horizon
-    return (
+    told = (
         f"tokenizer {shown('tokenizer_psnr', 1)} dB with {found['tokenizer_code_usage']:.0%} of codes; "
         f"delta-{horizon} PSNR {shown(f'delta_psnr_t{horizon}', 2)} dB; "
         f"frame 1 {found['rollout_psnr_t1']:.1f} dB (copy {found['copy_psnr_t1']:.1f}); "
         f"{found['lam_action_usage']:.0%} of {config.num_actions} actions in use, "
-        f"LAM error {found['lam_mse_over_copy']:.2f} of copying; "
-        f"direction {shown('direction_balanced_accuracy', 2)} "
+        f"LAM error {found['lam_mse_over_copy']:.2f} of copying"
+    )
+    if "direction_balanced_accuracy" not in found:
+        return f"{told}; motion explained by the action that is held: {shown('held_motion_explained', 2)}"
+    return (
+        f"{told}; direction {shown('direction_balanced_accuracy', 2)} "
         f"(chance {found['direction_chance']:.2f}, codes of the true displacement "
         f"{found['direction_of_displacement']:.2f}, supervised {found['direction_supervised_bound']:.2f}); "
         f"motion explained: {found['displacement_x_explained']:.0%} across, {found['displacement_y_explained']:.0%} up"

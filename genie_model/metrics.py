@@ -2,7 +2,8 @@
 
 Frames of one level resemble each other, so levels, not frames, are the sample: every interval resamples whole levels.
 For that, a statistic is written as a function of totals: each level contributes an array of sums (errors, counts, a
-confusion table), a resample adds up the levels that it drew, and the statistic reads the total.
+confusion table), a resample adds up the levels that it drew, and the statistic reads the total. Of ordinary video, what
+is called a level here is a source video.
 
 Legend: N samples, L levels, R resamples, K latent codes, C true classes, D features; B T H W C as everywhere.
 """
@@ -293,7 +294,7 @@ def displacement_codes(dx_N: ArrayLike, dy_N: ArrayLike, num_codes: int) -> Ints
 def latents_beside_truth(
     latents_N: ArrayLike, actions_N: ArrayLike, dx_N: ArrayLike, dy_N: ArrayLike, levels_N: ArrayLike, num_actions: int
 ) -> dict[str, float]:
-    """Everything that is said about latent actions: use, and what they tell of the true ones (evaluation only).
+    """What latent actions tell of the true ones (evaluation only).
 
     `latents_N[i]` and the true `actions_N[i]` lead between the same two frames, over which the agent moves by
     (`dx_N[i]`, `dy_N[i]`) world units. Samples lie in order of level and time.
@@ -301,8 +302,6 @@ def latents_beside_truth(
     buttons_N, direction_N = coinrun_buttons(actions_N), coinrun_direction(actions_N)
     return flatten(
         {
-            "lam_action_usage": code_usage(latents_N, num_actions, min_share=MIN_ACTION_SHARE),
-            "lam_action_perplexity": code_perplexity(latents_N, num_actions),
             "direction_balanced_accuracy": map_balanced_accuracy(latents_N, direction_N, levels_N),
             "direction_chance": 1 / len(DIRECTIONS),
             "direction_of_displacement": map_balanced_accuracy(

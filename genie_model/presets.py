@@ -66,6 +66,22 @@ def _demo() -> Config:
     )
 
 
+def _video() -> Config:
+    """A world of small ordinary videos on two CPU cores, filter included; docs/video.md goes through it."""
+    return _demo().with_overrides(
+        "name=video",
+        "ingest.eval_share=0.2",
+        "ingest.clips_per_shard=32",
+        "curation.frames=2",
+        "curation.width=16",
+        "curation.steps=200",
+        "curation.batch_size=16",
+        "train_tokenizer.steps=500",
+        "train_world.steps=800",
+        "evaluation.clips=64",
+    )
+
+
 def _demo_gpu() -> Config:
     """`demo` wider and longer: ten minutes on one H100, most of them for the world. Guesses in training are drawn."""
     transformers = {"tokenizer.encoder": 4, "tokenizer.decoder": 8, "dynamics.transformer": 12}
@@ -134,6 +150,7 @@ _PRESETS = {name: preset.make for name, preset in PAPER_PRESETS.items()} | {
     "demo": _demo,
     "demo_gpu": _demo_gpu,
     "tiny": _tiny,
+    "video": _video,
 }
 
 

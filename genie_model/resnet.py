@@ -14,8 +14,7 @@ from genie_model import files
 from genie_model.chance import Chance
 from genie_model.config import Config
 
-# Of ImageNet's colours, which pretrained weights have learnt with.
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours: pretrained nets know them so
 
 
 class BasicBlock(nn.Module):
@@ -41,6 +40,9 @@ class BasicBlock(nn.Module):
 class ResNet18(nn.Module):
     """Parameters are named as torchvision names them, so that its weights load. `width` 64 is ResNet-18's."""
 
+    mean_C11: Tensor
+    deviation_C11: Tensor
+
     def __init__(self, width: int = 64, outputs: int = 1000) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
@@ -50,14 +52,15 @@ class ResNet18(nn.Module):
         self.layer3 = _stage(2 * width)
         self.layer4 = _stage(4 * width)
         self.fc = nn.Linear(8 * width, outputs)
+        self.register_buffer("mean_C11", torch.tensor(_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("deviation_C11", torch.tensor(_DEVIATION)[:, None, None], persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x_NCHW: Tensor) -> Tensor:
         """(N, 8 * width), of pictures of any size in [0, 1]."""
-        mean, deviation = (x_NCHW.new_tensor(of)[:, None, None] for of in (_MEAN, _DEVIATION))
-        h_NCHW = F.relu(self.bn1(self.conv1((x_NCHW - mean) / deviation)))
+        h_NCHW = F.relu(self.bn1(self.conv1((x_NCHW - self.mean_C11) / self.deviation_C11)))
         h_NCHW = F.max_pool2d(h_NCHW, 3, stride=2, padding=1)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             h_NCHW = layer(h_NCHW)

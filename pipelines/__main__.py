@@ -105,7 +105,7 @@ def _rollback(args: argparse.Namespace, config: Config) -> int:
     from genie_model.tracking import TrackingError, rollback
 
     try:
-        rollback(_store(args), dry_run=args.dry_run)
+        rollback(_store(args), args.model_name or "genie", dry_run=args.dry_run)
     except TrackingError as error:
         raise ValueError(f"MLflow: {error}") from None
     return 0

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from genie_model.presets import preset_names
-from pipelines.catalog import PIPELINES, STUDIES
+from pipelines.catalog import PIPELINES, STUDIES, UPKEEP
 
 _COMMANDS = {
     "compile": "write the YAML to upload in the Kubeflow UI",
@@ -70,8 +70,10 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
         ("seeds", STUDIES, "--seeds and --variant are for studies"),
         ("variants", STUDIES, "--seeds and --variant are for studies"),
         ("model_uri", ("cloning", "decoder"), "--model is for what goes on from a trained world"),
-        ("data_uri", ("curation", "decoder"), "--data is for what begins with a data set"),
-        ("labels_uri", ("curation",), "--labels is for curation"),
+        ("source_uri", ("video",), "--source is for video"),
+        ("data_uri", ("curation", "decoder", "promotion", "champion"), "--data is for what takes a data set"),
+        ("labels_uri", ("video", "curation"), "--labels is for video and curation"),
+        ("model_name", ("video", "decoder", *UPKEEP), "--model-name is for what looks into the registry"),
         ("version", ("promotion",), "--version is for promotion"),
         ("dry_run", ("promotion", "rollback"), "--dry-run is for what changes the registry alone"),
         ("fresh", ("champion",), "--known-levels is for champion"),
@@ -80,13 +82,17 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
         if value is not None and args.pipeline not in of:
             raise ValueError(f"{rule}, not for {args.pipeline}; allowed: {', '.join(of)}")
         given |= {} if value is None else {name: value}
-    if args.pipeline == "decoder" and args.command == "run" and not {"data_uri", "model_uri"} <= given.keys():
+    if args.pipeline == "decoder" and args.command != "compile" and not {"data_uri", "model_uri"} <= given.keys():
         raise ValueError("decoder needs --data, a data set of larger frames, and --model, a trained world's folder")
+    if args.pipeline == "video" and "source_uri" not in given and args.command != "compile":
+        raise ValueError("video needs --source, where the videos lie: a folder, a bucket's prefix, or a manifest")
     if args.pipeline in STUDIES:
         from genie_model.studies import cells
 
         cells(args.pipeline, args.preset, args.set, args.seeds or [0], args.variants or [])  # is there such a study?
-    return {"dry_run": given.get("dry_run", False)} if args.pipeline == "rollback" else given
+    if args.pipeline == "rollback":
+        return {"dry_run": given.get("dry_run", False), "model_name": given.get("model_name", "genie")}
+    return given
 
 
 def _add_pipeline(command: argparse.ArgumentParser) -> None:
@@ -97,11 +103,18 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
         "--model", dest="model_uri", help="of cloning (default: trains one) and decoder: a trained world's folder"
     )
     command.add_argument(
-        "--data", dest="data_uri", metavar="URI", help="a data set: of curation ingested from video, of decoder larger"
+        "--source", dest="source_uri", metavar="URI", help="of video: a folder or a manifest of videos"
     )
     command.add_argument(
-        "--labels", dest="labels_uri", metavar="URI", help="of curation: what people said of its clips"
+        "--labels", dest="labels_uri", metavar="URI", help="of video and curation: what people said of the clips"
     )
+    command.add_argument(
+        "--data",
+        dest="data_uri",
+        metavar="URI",
+        help="of curation, promotion and champion: a data set of video; of decoder: of larger frames",
+    )
+    _add_model_name(command)
     command.add_argument("--version", help="of promotion: which one (default: the newest)")
     command.add_argument(
         "--dry-run", action="store_true", default=None, help="of promotion and rollback: change nothing in the registry"
@@ -117,6 +130,10 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
 
 def _add_experiment(command: argparse.ArgumentParser) -> None:
     command.add_argument("--experiment", default="genie", help="MLflow experiment (default: genie)")
+
+
+def _add_model_name(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model-name", help="the registered model (default: genie; of video: genie-video)")
 
 
 def _add_host(command: argparse.ArgumentParser) -> None:
@@ -138,6 +155,7 @@ def _add_others(commands: Any) -> None:
     text = "make the champion before the champion again, at once; no pipeline promotes the one that goes again"
     command = commands.add_parser("rollback", help="make the champion before the champion again", description=text)
     command.add_argument("--dry-run", action="store_true", help="say what would happen, and change nothing")
+    _add_model_name(command)
     _add_store(command)
 
     command = commands.add_parser("report", help="make a study's report from MLflow", description="from MLflow alone")

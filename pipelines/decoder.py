@@ -13,6 +13,7 @@ def decoder(
     overrides: list = [],  # noqa: B006 - KFP reads the default, nobody changes it
     tracking_uri: str = "",
     experiment: str = "genie",
+    model_name: str = "genie",
 ) -> str:
     """Trains a larger decoder for a world, and registers both as a version, which the promotion pipeline may promote.
 
@@ -24,6 +25,7 @@ def decoder(
         overrides: Changes to the preset, e.g. ["large_decoder.scale=2", "train_large_decoder.steps=1000"].
         tracking_uri: The MLflow server; empty takes MLFLOW_TRACKING_URI of the step's environment.
         experiment: The MLflow experiment that the run is recorded in.
+        model_name: The registered model.
     """
     run = {
         "preset": preset,
@@ -31,7 +33,8 @@ def decoder(
         "root_uri": root_uri,
         "tracking_uri": tracking_uri,
         "experiment": experiment,
+        "study": {"pipeline": "decoder"},
     }
     trained = train(train_decoder, "train the larger decoder", **run, data_uri=data_uri, tokenizer_uri=model_uri)
-    both = {"model_uri": model_uri, "large_decoder_uri": trained.output, "data_uri": "", "pipeline": "decoder"}
+    both = {"model_uri": model_uri, "large_decoder_uri": trained.output, "data_uri": "", "model_name": model_name}
     return place(register(**run, **both), "small", "register", changes=True).output

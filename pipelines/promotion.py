@@ -9,6 +9,8 @@ def promotion(
     preset: str = "coinrun",
     overrides: list = [],  # noqa: B006 - KFP reads the default, nobody changes it
     version: str = "",
+    model_name: str = "genie",
+    data_uri: str = "",
     dry_run: bool = False,
     tracking_uri: str = "",
     experiment: str = "genie",
@@ -18,10 +20,12 @@ def promotion(
     Whichever of the two was measured otherwise than preset and overrides say, or by other code, is measured first.
 
     Args:
-        root_uri: Where data sets and models lie, e.g. gs://bucket/genie. Held-out levels are collected there.
+        root_uri: Where data sets and models lie, e.g. gs://bucket/genie.
         preset: The named config that says how is measured; of the version's frame size.
         overrides: Changes to the preset, e.g. ["promotion.min_delta_psnr=0.5"].
         version: The version's number; empty takes the newest.
+        model_name: The registered model.
+        data_uri: The data set whose held-out video both are measured on; empty takes CoinRun's, collected at root_uri.
         dry_run: Say what would happen, and change nothing in the registry.
         tracking_uri: The MLflow server; empty takes MLFLOW_TRACKING_URI of the step's environment.
         experiment: The MLflow experiment that the run is recorded in.
@@ -33,5 +37,6 @@ def promotion(
         "tracking_uri": tracking_uri,
         "experiment": experiment,
     }
-    decided = promote(**run, version=version, dry_run=dry_run, pipeline="promotion")
+    which = {"version": version, "model_name": model_name, "data_uri": data_uri}
+    decided = promote(**run, **which, dry_run=dry_run, pipeline="promotion")
     return place(decided, "medium", "promote").set_caching_options(False).output

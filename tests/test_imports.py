@@ -24,7 +24,11 @@ OWNERS = {
     "av": ("genie_model/data/video.py", "genie_model/data/codecs.py", "serving/images.py"),
     "gymnasium": ("genie_model/env.py",),
     "genie_model.data.truth": ("genie_model/data/held_out.py", "genie_model/cloning.py"),
-    "genie_model.data.held_out": ("genie_model/evaluate.py", "genie_model/tracking/promotion.py"),
+    "genie_model.data.held_out": (
+        "genie_model/beside_truth.py",
+        "genie_model/evaluate.py",
+        "genie_model/tracking/promotion.py",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The held-out levels in memory, with what really happened in them: evaluation alone reads this."""
+"""The held-out videos in memory, with what really happened in them where that is known: evaluation alone reads this."""
 
 from __future__ import annotations
 
@@ -14,33 +14,45 @@ from genie_model.data.truth import PrivilegedTruth
 Frames = NDArray[np.uint8]
 
 
-class Episode(NamedTuple):
+class Truth(NamedTuple):
     """`action_T[t]` leads from frame t to t + 1, one fewer than frames; positions are in cells of the level's grid."""
 
-    level: int
-    frames_THWC: Frames
     action_T: NDArray[np.int64]
     x_T: NDArray[np.float64]
     y_T: NDArray[np.float64]
 
 
+class Episode(NamedTuple):
+    """`level` is the seed of its level; of ordinary video, where nothing else is known, a number of its source."""
+
+    level: int
+    frames_THWC: Frames
+    truth: Truth | None = None
+
+
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out episodes in memory, in order of level, with what really happened in them."""
+    """Held-out episodes in memory, in order of level."""
 
     uri: str
     digest: str
     episodes: list[Episode]
 
     @classmethod
-    def open(cls, uri: str) -> HeldOut:
-        store, truth = VideoStore.open(uri), PrivilegedTruth.open(uri)
-        episodes = []
-        for number, length in enumerate(store.episode_lengths):
-            true = truth.episode(number)
-            frames_THWC = store.frames(number, 0, int(length))
-            episodes.append(Episode(true["level_seed"], frames_THWC, true["action"], true["agent_x"], true["agent_y"]))
+    def open(cls, uri: str, most: int) -> HeldOut:
+        """All recorded episodes, with their truth; of ordinary video at most so many clips, spread over its sources."""
+        store = VideoStore.open(uri)
+        truth = PrivilegedTruth(store)
+        if truth.is_known:
+            episodes = [_recorded(store, truth, number) for number in range(store.num_episodes)]
+        else:
+            source_N = store.hashes_in("source", range(store.num_shards))
+            episodes = [_of_video(store, int(number), int(source_N[number])) for number in _spread(source_N, most)]
         return cls(uri, store.digest, sorted(episodes, key=lambda episode: episode.level))
+
+    @property
+    def has_truth(self) -> bool:
+        return all(episode.truth is not None for episode in self.episodes)
 
     def windows(self, length: int, stride: int) -> list[tuple[Episode, int]]:
         """Every (episode, start) whose `length` frames lie within the episode, in order of level and time."""
@@ -51,8 +63,9 @@ class HeldOut:
         ]
         if len({episode.level for episode, _ in found}) < 2:
             raise ValueError(
-                f"fewer than 2 levels of {self.uri} have {length} frames in one episode: lower data.clip_length, "
-                "or raise data.eval_levels or data.eval_steps_per_level and collect again"
+                f"fewer than 2 levels, or videos, of {self.uri} have {length} frames in one episode: lower "
+                "data.clip_length, or hold out more: data.eval_levels or data.eval_steps_per_level of CoinRun, "
+                "ingest.eval_share of video"
             )
         return found
 
@@ -68,3 +81,23 @@ class HeldOut:
         chosen = [windows[index] for _, index in sorted(order)[:count]]
         frames_BTHWC = np.stack([episode.frames_THWC[start : start + length] for episode, start in chosen])
         return frames_BTHWC, np.array([episode.level for episode, _ in chosen])
+
+
+def _recorded(store: VideoStore, truth: PrivilegedTruth, number: int) -> Episode:
+    true = truth.episode(number)
+    frames_THWC = store.frames(number, 0, int(store.episode_lengths[number]))
+    return Episode(true["level_seed"], frames_THWC, Truth(true["action"], true["agent_x"], true["agent_y"]))
+
+
+def _of_video(store: VideoStore, number: int, source: int) -> Episode:
+    """`source` is a hash of 64 bits; levels are signed integers."""
+    return Episode(source >> 1, store.frames(number, 0, int(store.episode_lengths[number])))
+
+
+def _spread(source_N: NDArray[np.uint64], most: int) -> NDArray[np.int64]:
+    """Up to so many rows, in order: one of every source, then a second one of those that have it, and so on."""
+    shuffled = np.random.default_rng(0).permutation(len(source_N))  # a video's first clip is not like its others
+    by_source = shuffled[np.argsort(source_N[shuffled], kind="stable")]
+    _, begin, count = np.unique(source_N[by_source], return_index=True, return_counts=True)
+    turn = np.arange(len(by_source)) - begin.repeat(count)
+    return np.sort(by_source[np.argsort(turn, kind="stable")][:most])

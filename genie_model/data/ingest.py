@@ -183,7 +183,7 @@ def _ingest_split(job: _Job, split: Split, crew: Crew, log: RunLog) -> None:
     if not shards:
         raise ValueError(
             f"no video of {job.listing.uri} makes a clip for the {split} split, of {job.videos[split]} videos: "
-            f"{job.part_uri(split, 0)} says why"
+            f"{job.part_uri(split, 0)} says why; another ingest.seed or ingest.eval_share holds out others"
         )
     if made or not has_index(uri):
         others = [VideoStore.open(f"{job.uri}/eval")] if split == "train" else []

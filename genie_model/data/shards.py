@@ -238,18 +238,25 @@ def _rows(manifest: Manifest, shard: int) -> dict[str, Any]:
 
 
 def _relative(origin: str, uri: str) -> str:
-    """How `uri` names `origin`."""
-    if origin.partition("://")[0] != uri.partition("://")[0] and "://" in origin + uri:
-        return origin
-    return os.path.relpath(origin.partition("://")[2] or origin, uri.partition("://")[2] or uri)
+    """How the view at `uri` names its origin: from where it lies itself, if both are of one store of files."""
+    (scheme, path), (own_scheme, own_path) = _split(origin), _split(uri)
+    if scheme != own_scheme:
+        return origin if scheme else os.path.abspath(path)
+    return os.path.relpath(path, own_path)
 
 
 def origin_of(uri: str, index: Index) -> str:
     """Where the shards of the data set at `uri` lie."""
-    if not index["origin"] or "://" in index["origin"]:
-        return index["origin"] or uri
-    scheme, separator, path = uri.rpartition("://")
-    return scheme + separator + os.path.normpath(f"{path}/{index['origin']}")
+    origin, (scheme, path) = index["origin"], _split(uri)
+    if not origin:
+        return uri
+    return origin if "://" in origin or os.path.isabs(origin) else scheme + os.path.normpath(f"{path}/{origin}")
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """gs:// and bucket/folder; a path has no scheme."""
+    head, separator, path = uri.rpartition("://")
+    return head + separator, path
 
 
 def has_index(uri: str) -> bool:

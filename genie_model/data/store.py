@@ -74,10 +74,11 @@ class VideoStore:
         self.meta = index["meta"]
         self._maker = _MAKERS.get(self.meta["source"], "collect")
         self.codec = self.meta.get("codec", "zstd")
+        self._index = index
         try:
             self.columns = open_columns(uri, index["columns"])
         except ValueError as error:
-            raise ValueError(f"{error}: delete {uri}/index.json and run {self._maker} again") from None
+            raise ValueError(self._damaged_index(error)) from None
         self._fs, self._root = url_to_fs(self.home)
         self._is_local = isinstance(self._fs, LocalFileSystem)
         self._is_cached = not self._is_local and int(self.columns.shard_bytes.sum()) <= cache.limit()
@@ -194,7 +195,10 @@ class VideoStore:
             yield keep_E
 
     def verify(self) -> None:
-        """Reads every byte. Raises ValueError naming the first shard whose checksum differs from the index."""
+        """Reads every byte. Raises ValueError naming the first column or shard whose checksum is another."""
+        for name, file in self._index["columns"].items():
+            if hashlib.sha256(getattr(self.columns, name).view(np.uint8)).hexdigest() != file["sha256"]:
+                raise ValueError(self._damaged_index(f"{self.uri}/{file['name']} is damaged"))
         for shard in range(self.num_shards):
             path = f"{self._root}/{shard_name(int(self.columns.shard[shard]))}"
             with self._fs.open(path, "rb") as file:
@@ -215,6 +219,10 @@ class VideoStore:
         rows = self.columns.rows_of(range(shard, shard + 1))
         seen = np.flatnonzero(~self._hidden_N[rows])
         return shard, rows.start + int(seen[episode - self.episodes_in(shard).start])
+
+    def _damaged_index(self, what: object) -> str:
+        maker = "curate" if self._index["origin"] else self._maker
+        return f"{what}: delete {self.uri}/index.json and run {maker} again"
 
     def _damaged(self, shard: int) -> str:
         return f"{self._uri_of(shard)} is damaged: delete it and run {self._maker} again, it remakes only that"

@@ -28,6 +28,11 @@ class PrivilegedTruth:
         """`uri` is a VideoStore's; episodes have the same numbers. Raises ValueError when there is no such data set."""
         return cls(VideoStore.open(uri))
 
+    @property
+    def is_known(self) -> bool:
+        """Not of video: nobody wrote down what was done in it."""
+        return "truth" in read_manifest(self._store.home, int(self._store.columns.shard[0]))
+
     def episode(self, episode: int) -> dict[str, Any]:
         """`level_seed`: int; `action`: int32 (T-1,), action[t] leads from frame t to frame t+1. On the eval split also
         `agent_x`, `agent_y` (grid cells, y upwards) and `agent_vx`, `agent_vy` (cells per step): float32 (T,).

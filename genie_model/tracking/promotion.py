@@ -246,7 +246,8 @@ def _measured(client: MlflowClient, name: str, version: Any, data_uri: str, conf
             f"version {version.version} draws {drawn[1]} x {drawn[0]} pixels, the config says {wanted[1]} x {wanted[0]}"
         )
     asked = {"data": config.data, "evaluation": config.evaluation, "seed": config.seed}
-    return measure(genie.config.model_copy(update=asked), genie, HeldOut.open(f"{data_uri}/eval"))
+    held_out = HeldOut.open(f"{data_uri}/eval", config.evaluation.clips)
+    return measure(genie.config.model_copy(update=asked), genie, held_out)
 
 
 def _crown(client: MlflowClient, name: str, alias: str, candidate: Any, current: Any | None) -> bool:

@@ -21,8 +21,8 @@ ROOT = FOLDER.parents[1]
 # Extras of pyproject.toml by image; "library" is its `dependencies`.
 IMAGES = {
     "collect": ("library", "collect", "video", "steps"),
-    "train": ("library", "steps"),
-    "train-tpu": ("library", "steps", "tpu"),
+    "train": ("library", "video", "steps"),  # h264 is decoded where it is trained on
+    "train-tpu": ("library", "video", "steps", "tpu"),
     "serve": ("library", "serve", "otel"),
     "mlflow": ("mlflow",),
     "torch-tpu": ("tpu",),  # this and torch are layers of the images above

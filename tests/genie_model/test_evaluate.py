@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from genie_model import evaluate as evaluation
-from genie_model.checkpoint import save_model
+from genie_model import beside_truth
+from genie_model.checkpoint import load_model, save_model
 from genie_model.data.coinrun import collect
-from genie_model.data.held_out import Episode, HeldOut
+from genie_model.data.held_out import Episode, HeldOut, Truth
 from genie_model.data.store import VideoStore
 from genie_model.evaluate import evaluate, measure, measure_play
 from genie_model.files import read
 from genie_model.genie import Genie
 from genie_model.presets import get_preset
+from genie_model.tracking import decide
 
 CONFIG = get_preset("tiny").with_overrides(
     "lam.codebook.num_codes=3", "evaluation.clips=12", "evaluation.probe_steps=10"
@@ -85,7 +86,7 @@ def held_out():
         x = 150 + np.concatenate([[0], 3 * (direction - 1).cumsum()])
         frames = np.stack([texture[:, begin : begin + SIZE] for begin in x])
         action = 3 * direction + rng.integers(0, 3, FRAMES - 1)
-        episodes.append(Episode(level, frames, action, x.astype(float), rng.normal(size=FRAMES)))
+        episodes.append(Episode(level, frames, Truth(action, x.astype(float), rng.normal(size=FRAMES))))
     return HeldOut("memory://scrolling", "none", episodes)
 
 
@@ -148,6 +149,22 @@ def test_a_world_that_ignores_its_actions_scores_as_a_copy(held_out):
     assert found["rollout_over_copy_t1"] == 0
     assert found["held_motion_explained"] <= 0
     assert found["fvd_random3d"] == pytest.approx(found["fvd_random3d_copy"])
+
+
+def test_without_true_actions_the_rest_is_measured_the_same(held_out):
+    """As of ordinary video: nothing is made up for what nobody knows."""
+    world, unknown = ScrollingWorld(held_out), [episode._replace(truth=None) for episode in held_out.episodes]
+    known, found = (
+        measure(CONFIG, world, held_out),
+        measure(CONFIG, world, dataclasses.replace(held_out, episodes=unknown)),
+    )
+    assert found.confusion is None
+    assert found.metrics == {name: known.metrics[name] for name in found.metrics}
+    assert found.curves == known.curves
+    needs_truth = ("direction_", "action_accuracy", "action_chance", "action_mutual", "displacement_")
+    assert set(known.metrics) - set(found.metrics) == {n for n in known.metrics if n.startswith(needs_truth)}
+    assert set(known.pictures) - set(found.pictures) == {"actions_beside_truth", "true_direction_beside_told"}
+    assert decide(found.metrics, None, CONFIG)[0], "the rule of promotion needs none of it"
 
 
 class MeanColour(nn.Module):
@@ -232,7 +249,7 @@ def test_a_real_genie_is_evaluated_logged_and_given_its_start_frames(real, capsy
 
 def test_an_evaluation_is_repeatable_and_its_part_on_play_agrees(real):
     model_uri, data_uri = real
-    genie, held_out = evaluation.load_model(model_uri), HeldOut.open(f"{data_uri}/eval")
+    genie, held_out = load_model(model_uri), HeldOut.open(f"{data_uri}/eval", CONFIG.evaluation.clips)
     first, second = (measure(CONFIG, genie, held_out).metrics for _ in range(2))
     assert first == second
     play = measure_play(CONFIG, genie, held_out)
@@ -260,6 +277,6 @@ def test_missing_model_or_data_is_one_clear_error(real, tmp_path):
 
 def test_a_displacement_s_change_is_from_the_one_before_it_also_across_windows() -> None:
     place_T = np.array([0.0, 1.0, 3.0, 6.0, 6.0, 5.0])
-    first, second = evaluation._change(place_T, 0, 4), evaluation._change(place_T, 3, 3)  # as windows() cuts them
+    first, second = beside_truth._change(place_T, 0, 4), beside_truth._change(place_T, 3, 3)  # as windows() cuts them
     np.testing.assert_array_equal(first, [np.nan, 1, 1])
     np.testing.assert_array_equal(second, [-3, -1])

@@ -126,7 +126,6 @@ def test_perfect_latents_score_one(rng, levels):
     read = metrics.latents_beside_truth(latents, actions, dx, dy, levels, 9)
     assert read["direction_balanced_accuracy"] == read["direction_of_displacement"] == 1
     assert read["action_accuracy"] == 1
-    assert read["lam_action_usage"] == 1
     assert read["displacement_x_explained"] == pytest.approx(1)
     assert read["displacement_y_explained"] == pytest.approx(1)
     assert read["action_accuracy_ci95"] == 0

@@ -112,6 +112,9 @@ def test_the_champion_s_check_fails_loudly_and_keeps_its_figures(
     [
         (["compile", "coinrun", "--dry-run"], "--dry-run is for what changes the registry alone, not for coinrun"),
         (["compile", "champion", "--version", "3"], "--version is for promotion"),
+        (["compile", "coinrun", "--source", "videos"], "--source is for video, not for coinrun"),
+        (["compile", "coinrun", "--model-name", "other"], "--model-name is for what looks into the registry"),
+        (["run", "video", "--labels", "labels.json"], "video needs --source, where the videos lie"),
         (["compile", "coinrun", "--known-levels"], "--known-levels is for champion"),
         (["compile", "coinrun", "--root", "here"], "--root here is a folder of this machine: name a URI"),
         (["compile", "coinrun", "--cluster", "nowhere.toml"], "nowhere.toml is no cluster's description"),

@@ -110,8 +110,8 @@ def test_every_video_becomes_clips_or_has_a_reason(videos, tmp_path):
 
 
 def test_the_card_says_what_is_there(videos, tmp_path, threads):
-    rows = "path,title,description,owner,licence\n" + "".join(
-        f"{videos}/{name},{title},,{owner},{licence}\n"
+    rows = "id,path,title,description,owner,licence\n" + "".join(
+        f"{name},{videos}/{name},{title},,{owner},{licence}\n"
         for name, title, owner, licence in (
             ("good5.mp4", "A <platformer> speedrun", "ann", "CC-BY-4.0"),
             ("good4.mp4", "Platformer: all levels", "bob", "CC0"),

@@ -79,9 +79,9 @@ def test_a_manifest(tmp_path, kind):
 
 
 def test_a_manifest_names_ids_and_any_place(tmp_path):
-    write_csv(tmp_path / "list.csv", [{"id": "x1", "uri": "gs://bucket/a.mp4"}, {"id": "", "uri": "/data/b.mp4"}])
+    write_csv(tmp_path / "list.csv", [{"id": "x1", "uri": "memory://bucket/a.mp4"}, {"id": "", "uri": "/data/b.mp4"}])
     found = [(video.id, video.uri) for video in videos_at(f"{tmp_path}/list.csv")]
-    assert found == [("x1", "gs://bucket/a.mp4"), ("/data/b.mp4", "/data/b.mp4")]
+    assert found == [("x1", "memory://bucket/a.mp4"), ("/data/b.mp4", "/data/b.mp4")]
 
 
 def test_what_is_no_source(tmp_path):

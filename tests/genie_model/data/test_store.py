@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from genie_model import files
 from genie_model.data.coinrun import collect
 from genie_model.data.shards import CHUNK_FRAMES
 from genie_model.data.store import VideoStore
@@ -125,6 +126,46 @@ def test_damaged_index(copied):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"index\.json is damaged: delete it and run collect"):
         VideoStore.open(str(path.parent))
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-8])])
+def test_a_damaged_column_is_named_and_made_anew(copied, recording_config, damage):
+    root, folder = copied
+    (path,) = (folder / "train").glob("offset-*.bin")
+    damage(path)
+    error = rf"{path} is missing or damaged: delete .*/train/index\.json and run collect again"
+    with pytest.raises(ValueError, match=error):
+        VideoStore.open(f"{folder}/train")
+    (folder / "train" / "index.json").unlink()
+    collect(recording_config, root)
+    VideoStore.open(f"{folder}/train").verify()
+
+
+def test_verify_reads_the_columns_too(copied):
+    (path,) = (copied[1] / "train").glob("source-*.bin")
+    path.write_bytes(b"\x01" + path.read_bytes()[1:])
+    with pytest.raises(ValueError, match=rf"{path} is damaged: delete .*/index\.json and run collect again"):
+        VideoStore.open(f"{copied[1]}/train").verify()
+
+
+@pytest.mark.parametrize("room", [0, 10**9])
+def test_a_damaged_column_of_a_remote_data_set_is_noticed(in_memory, room, monkeypatch, store):
+    monkeypatch.setenv("GENIE_CACHE_BYTES", str(room))
+    remote = VideoStore.open(f"{in_memory}/train")
+    assert np.array_equal(remote.frames(5, 1, 8), store.frames(5, 1, 8))
+    memory = fsspec.filesystem("memory")
+    (path,) = memory.glob(f"{in_memory}/train/offset-*.bin")
+    memory.pipe_file(path, bytes(len(memory.cat_file(path))))
+    monkeypatch.setenv("GENIE_CACHE_DIR", str(files.cache_dir()) + "2")
+    with pytest.raises(ValueError, match=r"offset-.*\.bin is missing or damaged"):
+        VideoStore.open(f"{in_memory}/train")
+
+
+def test_clips_are_counted_a_few_shards_at_a_time(store, monkeypatch):
+    clips = list(store.clips(8, 3))
+    monkeypatch.setattr("genie_model.data.store._BLOCK", 2)
+    assert store.num_shards > 2
+    assert list(store.clips(8, 3)) == clips
 
 
 def without(tree, path):

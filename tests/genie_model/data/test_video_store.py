@@ -149,6 +149,10 @@ def test_a_view_holds_what_is_kept_and_copies_nothing(data_uri: str) -> None:
     view.verify()
     again = view_of(view, 0, 2, name="again")
     assert (numbers(again), again.home) == ([1, 5], store.home)
+    (column,) = (name for name in files.names(again.uri) if name.startswith("number-"))
+    files.write_atomic(f"{again.uri}/{column}", b"")
+    with pytest.raises(ValueError, match=r"/number-.*\.bin is missing or damaged: delete .* and run curate again"):
+        VideoStore.open(again.uri)
 
 
 def test_a_view_moves_with_its_origin(tmp_path: Path) -> None:
@@ -162,6 +166,18 @@ def test_a_view_moves_with_its_origin(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "new" / "datasets" / "video")
     with pytest.raises(ValueError, match=r"datasets/video/train/shard-00000\.tar is missing: run ingest again"):
         VideoStore.open(view.uri)
+
+
+def test_a_view_may_lie_in_another_store_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENIE_CACHE_DIR", str(tmp_path / "cache"))
+    origin, uri = str(tmp_path / "video"), f"memory://{tmp_path.name}/view"
+    write_shard(origin, 0, [clip(0, "a.mp4"), clip(1, "a.mp4")], SHAPE)
+    write_index(origin, 1, meta())
+    write_view(uri, VideoStore.open(origin), [np.array([False, True])], meta())
+    assert numbers(VideoStore.open(uri)) == [1]
+    write_view(f"{tmp_path}/back", VideoStore.open(uri), [np.array([True])], meta())
+    assert numbers(VideoStore.open(f"{tmp_path}/back")) == [1]
+    files.remove_tree(f"memory://{tmp_path.name}")
 
 
 def test_a_view_that_does_not_fit_is_refused(data_uri: str) -> None:
