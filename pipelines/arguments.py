@@ -71,6 +71,7 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
         ("variants", STUDIES, "--seeds and --variant are for studies"),
         ("model_uri", ("cloning",), "--model is for cloning"),
         ("source_uri", ("video",), "--source is for video"),
+        ("prompts_uri", ("video",), "--prompts is for video"),
         ("data_uri", ("curation", "promotion", "champion"), "--data is for what takes a data set"),
         ("labels_uri", ("video", "curation"), "--labels is for video and curation"),
         ("model_name", ("video", *UPKEEP), "--model-name is for what looks into the registry"),
@@ -103,6 +104,9 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--labels", dest="labels_uri", metavar="URI", help="of video and curation: what people said of the clips"
+    )
+    command.add_argument(
+        "--prompts", dest="prompts_uri", metavar="URI", help="of video: a folder of pictures to enter the world from"
     )
     command.add_argument(
         "--data", dest="data_uri", metavar="URI", help="of curation, promotion and champion: a data set of video"
