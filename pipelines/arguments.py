@@ -85,6 +85,10 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
         given |= {} if value is None else {name: value}
     if args.pipeline == "decoder" and args.command != "compile" and not {"data_uri", "model_uri"} <= given.keys():
         raise ValueError("decoder needs --data, a data set of larger frames, and --model, a trained world's folder")
+    if args.pipeline == "curation" and args.command != "compile" and not {"data_uri", "labels_uri"} <= given.keys():
+        raise ValueError(
+            "curation needs --data, what was ingested from video, and --labels, what was said of its clips"
+        )
     if args.pipeline == "video" and "source_uri" not in given and args.command != "compile":
         raise ValueError("video needs --source, where the videos lie: a folder, a bucket's prefix, or a manifest")
     if args.pipeline in STUDIES:

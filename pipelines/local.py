@@ -31,6 +31,7 @@ _COLOR = re.compile(r"\x1b\[\d+m")
 _STARTED = re.compile(r"Executing task '(.+)'")
 _CACHED = re.compile(r"Task (.+) cache hit")
 _ENDED = re.compile(r"Task '(.+)' finished with status (SUCCESS|FAILURE)")
+_SKIPPED = re.compile("Tried to get output '.+' from task '.+'")  # by one that runs whatever became of those before it
 _OUTPUTS = re.compile(r"Task '.+' outputs:")
 _OUTCOMES = {"SUCCESS": "done in", "FAILURE": "failed after"}
 _EXECUTOR = re.compile(
@@ -82,9 +83,11 @@ def run_locally(
     with log_path.open("w") as log, _environment(environment), _relayed(sys.stdout, log):
         try:
             pipeline(**arguments, tracking_uri="")
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, ValueError) and not _SKIPPED.match(str(error)):
+                raise
             reason = _COLOR.sub("", str(error)).partition("Inner task failed: ")[2] or str(error)
-            which = "cells" if name in STUDIES else f"step {reason.strip('.')}"
+            which = "cells or a step before them" if name in STUDIES else f"step {reason.strip('.')}"
             raise PipelineError(
                 f"{which} failed, for the reason above; mend it and run again, what is finished is kept. Full log: "
                 f"{log_path}"

@@ -91,8 +91,9 @@ def test_compiling_a_study_needs_no_torch() -> None:
     ("arguments", "message"),
     [
         (["compile", "coinrun", "--seeds", "1"], "--seeds and --variant are for studies"),
-        (["compile", "scaling", "--model", "world"], "--model is for cloning"),
-        (["compile", "scaling", "--labels", "labels.json"], "--labels is for curation"),
+        (["compile", "scaling", "--model", "world"], "--model is for what goes on from a trained world"),
+        (["compile", "scaling", "--labels", "labels.json"], "--labels is for video and curation"),
+        (["run", "curation", "--preset", "tiny", "--data", "somewhere"], "curation needs --data, what was ingested"),
         (["run", "lam_inputs", "--preset", "tiny", "--variant", "pixel"], "did you mean 'pixels'"),
         (["report", "lam_inputs", "--state", "nowhere"], "there is no MLflow store"),
         (["report", "lam_inputs", "--tracking-uri", "sqlite:///empty.db"], "no experiment 'genie'"),
@@ -102,6 +103,15 @@ def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], message: st
     done = pipelines(*arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
+
+
+def test_a_step_that_fails_before_the_cells_is_named_as_such(tmp_path: Path) -> None:
+    asked = ["run", "curation", "--preset", "tiny", "--data", "nowhere", "--labels", "nowhere.json", "--state", "state"]
+    done = pipelines(*asked, "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "[train-curator] error: there is no data set at nowhere" in done.stdout
+    (reason,) = done.stderr.splitlines()[-1:]
+    assert reason.startswith("pipelines: cells or a step before them failed, for the reason above")
 
 
 def test_a_study_runs_cell_by_cell_and_is_reported_from_mlflow_alone(tmp_path: Path) -> None:
