@@ -1,4 +1,4 @@
-"""Steps 2 and 3 on several hosts: a job of the cluster, which this step starts, follows and ends."""
+"""A training step on several hosts: a job of the cluster, which this step starts, follows and ends."""
 
 from kfp import dsl
 
@@ -17,7 +17,7 @@ def launch(
     data_digest: str = "",
     study: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
 ) -> str:
-    """Trains `train-tokenizer` or `train-world` on every host of a TPU slice. Returns the URI of what was trained.
+    """Runs a training stage on every host of a TPU slice. Returns the URI of what was trained.
 
     KFP's cache and the job's name go by `data_digest`: other data at the same URI is trained on anew.
     """

@@ -12,15 +12,20 @@ def register(
     experiment: str,
     data_uri: str,
     model_uri: str,
-    metrics: dict,
+    metrics: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
     model_name: str = "genie",
-    study: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
+    large_decoder_uri: str = "",
+    study: dict = {},  # noqa: B006
 ) -> str:
-    """Makes the model, measured on that data set, a version of the registered model. Returns the version."""
+    """Makes the model, measured on that data set, a version of the registered model. Returns the version.
+
+    A larger decoder becomes part of it. Without metrics promotion measures.
+    """
     from genie_model.tracking import register as register_model
     from genie_model.tracking import step
 
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
-    with step("register", preset, overrides, **where) as run:
-        version = register_model(model_uri, metrics, data_uri, run, model_name)
+    ends = study.get("pipeline") == "decoder"
+    with step("register", preset, overrides, **where, ends_pipeline=ends) as run:
+        version = register_model(model_uri, metrics, data_uri, run, model_name, large_decoder_uri)
     return version

@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     tokenizer = commands.add_parser("train-tokenizer", help="train the video tokenizer; prints its URI last")
     world = commands.add_parser("train-world", help="co-train LAM and dynamics; prints the model's URI last")
+    decoder = commands.add_parser(
+        "train-decoder", help="train a larger decoder of the same tokens; prints its URI last"
+    )
     curator = commands.add_parser(
         "train-curator", help="learn good clips from labels; prints the classifier's URI last"
     )
@@ -72,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("preset", help=f"one of {', '.join(preset_names())}")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
-    for command in (collect, ingest, tokenizer, world, curator, score, curate):
+    for command in (collect, ingest, tokenizer, world, decoder, curator, score, curate):
         command.add_argument("--root", required=True, metavar="URI", help="where data sets, models and checkpoints lie")
         command.add_argument(
             "--result",
@@ -80,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
             metavar="URI",
             help="also write what is printed last there, for a pipeline that goes on: its MLflow run stays open",
         )
-    for command in (tokenizer, world, curator, score, curate):
+    for command in (tokenizer, world, decoder, curator, score, curate):
         command.add_argument("--data", required=True, metavar="URI", help="a data set")
-    for command in (tokenizer, world):
+    for command in (tokenizer, world, decoder):
         command.add_argument(
             "--tracking-uri", default="", help="an MLflow server; default: $MLFLOW_TRACKING_URI, or none"
         )
@@ -91,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
             "--study", default={}, type=json.loads, metavar="JSON", help="where in a study the run belongs"
         )
     world.add_argument("--tokenizer", required=True, metavar="URI", help="a trained tokenizer")
+    decoder.add_argument(
+        "--tokenizer", required=True, metavar="URI", help="a trained tokenizer, or the world that was trained on it"
+    )
     curator.add_argument("--labels", required=True, metavar="URI", help="a file that `python -m serving.label` wrote")
     score.add_argument("--classifier", required=True, metavar="URI", help="a trained classifier")
     score.add_argument(
@@ -156,6 +162,7 @@ def _made(args: argparse.Namespace, config: Config) -> str:
         if args.command == "score":
             return curation.score(config, args.data, args.classifier, args.root, share=args.share)
         return curation.curate(config, args.data, args.scores, args.root)
+    from genie_model.enlarging import train_large_decoder
     from genie_model.train import train_tokenizer, train_world
 
     with ExitStack() as stack:
@@ -165,10 +172,13 @@ def _made(args: argparse.Namespace, config: Config) -> str:
 
             where = {"root_uri": args.root, "tracking_uri": args.tracking_uri, "experiment": args.experiment}
             ends = {"study": args.study, "ends_pipeline": not args.result}
+            ends |= {"pipeline": "decoder"} if args.command == "train-decoder" else {}
             run = stack.enter_context(step(args.command, args.preset, args.set, **where, **ends))
             run.dataset(args.data)
         if args.command == "train-tokenizer":
             made, uri = "tokenizer", train_tokenizer(config, args.data, args.root, run)
+        elif args.command == "train-decoder":
+            made, uri = "large_decoder", train_large_decoder(config, args.data, args.tokenizer, args.root, run)
         else:
             made, uri = "world", train_world(config, args.data, args.tokenizer, args.root, run)
         if run:

@@ -84,9 +84,9 @@ def load_model(uri: str) -> Genie:
 
 
 def load_tokenizer(uri: str) -> VideoTokenizer:
-    """The tokenizer of a folder that holds it alone, in evaluation mode. Raises as `load_model` does."""
+    """The tokenizer of a folder that holds it, alone or in a Genie, in evaluation mode. Raises as `load_model` does."""
     tokenizer = _untrained(uri).tokenizer
-    load_weights(tokenizer, f"{uri}/{WEIGHTS}")
+    load_weights(tokenizer, f"{uri}/{WEIGHTS}", within="tokenizer.")
     return tokenizer.eval()
 
 
@@ -104,10 +104,15 @@ def load_config(uri: str) -> Config:
         raise ValueError(f"the model at {uri} is not one that this code makes: {error}") from None
 
 
-def load_weights(module: nn.Module, uri: str) -> None:
-    """Fills the module. Raises ValueError when the file is missing, truncated or of another model."""
+def load_weights(module: nn.Module, uri: str, within: str = "") -> None:
+    """Fills the module. Raises ValueError when the file is missing, truncated or of another model.
+
+    The file may hold more than the module: then the module's names begin with `within` there.
+    """
     try:
-        module.load_state_dict(load_tensors(files.read(uri)))
+        tensors = load_tensors(files.read(uri))
+        own = {name.removeprefix(within): tensor for name, tensor in tensors.items() if name.startswith(within)}
+        module.load_state_dict(own or tensors)
     except FileNotFoundError:
         raise ValueError(f"no weights at {uri}") from None
     except (SafetensorError, struct.error) as error:

@@ -95,6 +95,15 @@ class TokenizerConfig(ConfigNode):
         return self.codes_per_patch * self.codebook.latent_dim
 
 
+class LargeDecoderConfig(ConfigNode):
+    """A second decoder that maps the tokenizer's tokens to larger frames (section 3.1: 160 x 90 become 640 x 360)."""
+
+    scale: int = Field(4, ge=2, le=16, description="times the height and width of data.frame_height and frame_width")
+    transformer: TransformerConfig | None = Field(
+        None, description="none: the tokenizer's decoder's, and training begins with that one's weights"
+    )
+
+
 class LAMConfig(ConfigNode):
     """The latent action model (section 2.1, App. C.1): pixels in, |A| = codebook.num_codes actions out.
 
@@ -289,6 +298,16 @@ class Config(ConfigNode):
         description="Table 13; the paper does not say for how many steps",
     )
     cloning: CloningConfig = CloningConfig()
+    large_decoder: LargeDecoderConfig = LargeDecoderConfig()
+    train_large_decoder: StageConfig = Field(
+        StageConfig(
+            steps=100_000,
+            batch_size=16,
+            optimizer=OptimizerConfig(max_lr=3e-4, min_lr=3e-5, warmup_steps=1_000),
+            checkpoint_every=5_000,
+        ),
+        description="the paper gives no figures",
+    )
     cached_tokens: bool = Field(
         False,
         description="train_world reads tokens that were computed once (tokens.py); its clips then start at multiples "
@@ -314,8 +333,8 @@ class Config(ConfigNode):
             raise ValueError(f"evaluation.prompt_frames + evaluation.horizon must be at most {limit}")
         if self.evaluation.i3d_uri and self.data.clip_length < 9:
             raise ValueError(f"evaluation.i3d_uri: I3D needs 9 frames, and data.clip_length={self.data.clip_length}")
-        parts = (self.tokenizer.encoder, self.tokenizer.decoder)
-        if self.tokenizer.architecture != "st_vivit" and any(part.temporal_every > 1 for part in parts):
+        parts = (self.tokenizer.encoder, self.tokenizer.decoder, self.large_decoder.transformer)
+        if self.tokenizer.architecture != "st_vivit" and any(part and part.temporal_every > 1 for part in parts):
             raise ValueError(
                 f"tokenizer.architecture={self.tokenizer.architecture} has no temporal_every: leave it at 1"
             )

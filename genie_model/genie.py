@@ -55,6 +55,7 @@ class PlayState:
     dynamics: TemporalCache = field(repr=False)
     decoder: TemporalCache = field(repr=False)
     pending_BL: Tensor | None = field(default=None, repr=False)  # its action, until `Genie.remember`
+    large: TemporalCache | None = field(default=None, repr=False)  # of a larger decoder, where one follows the worlds
 
     def fork(self) -> PlayState:
         """A copy that may go another way."""
@@ -74,6 +75,7 @@ class PlayState:
             self.dynamics.take(worlds),
             self.decoder.take(worlds),
             None if self.pending_BL is None else self.pending_BL[worlds],
+            self.large and self.large.take(worlds),
         )
 
     @staticmethod
@@ -81,6 +83,7 @@ class PlayState:
         """All their worlds side by side. Raises ValueError for a state that `Genie.remember` has yet to see."""
         if any(state.pending_BL is not None for state in states):
             raise ValueError("states are joined once their newest frames are remembered: call Genie.remember on each")
+        large = [state.large for state in states if state.large]  # followed are all or none
         return PlayState(
             [seed for state in states for seed in state.seeds],
             [t for state in states for t in state.t],
@@ -88,6 +91,7 @@ class PlayState:
             torch.cat([state.codes_BNC for state in states]),
             TemporalCache.stack([state.dynamics for state in states]),
             TemporalCache.stack([state.decoder for state in states]),
+            large=TemporalCache.stack(large) if len(large) == len(states) else None,
         )
 
 
@@ -180,9 +184,8 @@ class Genie(nn.Module):
 
     def _empty(self, seeds: Sequence[int], t: Sequence[int], frames: int) -> PlayState:
         """Worlds whose last frames are yet to be replayed."""
-        state = PlayState(list(seeds), list(t), torch.empty(0), torch.empty(0), TemporalCache(), TemporalCache())
-        state.dynamics.positions, state.decoder.positions = ([n - frames for n in t] for _ in range(2))
-        return state
+        dynamics, decoder = (TemporalCache([n - frames for n in t]) for _ in range(2))
+        return PlayState(list(seeds), list(t), torch.empty(0), torch.empty(0), dynamics, decoder)
 
     def _replay(self, state: PlayState, codes_BTNC: Tensor, actions_BT: Tensor) -> None:
         """The frames that follow the state's, and the actions that led to them."""
@@ -195,12 +198,12 @@ class Genie(nn.Module):
     @property
     def memory(self) -> int:
         """Frames that the next one may hang on: every temporal layer looks a window further back."""
-        return max(_memory(self.dynamics), self.picture_memory)
+        return max(frames_remembered(self.dynamics), self.picture_memory)
 
     @property
     def picture_memory(self) -> int:
         """Frames whose codes decide one picture, its own among them."""
-        return _memory(self.tokenizer.decoder)
+        return frames_remembered(self.tokenizer.decoder)
 
     @torch.no_grad()
     def step(self, state: PlayState, action_B: Tensor, sampling: SamplingConfig | None = None) -> Tensor:
@@ -241,7 +244,7 @@ class Genie(nn.Module):
             codes_B1NC = sample_frame(
                 self.dynamics, sampling, dynamics, action_BL, (grid.rows, grid.columns), codebook_VL, chances_SBNC
             )
-            return codes_B1NC[:, 0], _to_uint8(self.tokenizer.decode(codes_B1NC, decoder)[:, -1])
+            return codes_B1NC[:, 0], to_uint8(self.tokenizer.decode(codes_B1NC, decoder)[:, -1])
 
     @torch.no_grad()
     def remember(self, state: PlayState) -> None:
@@ -277,7 +280,7 @@ class Genie(nn.Module):
     def _show(self, state: PlayState, codes_BTNC: Tensor) -> None:
         """The last of these frames, which follow the state's, become its newest."""
         state.codes_BNC = codes_BTNC[:, -1]
-        state.frame_BHWC = _to_uint8(self.tokenizer.decode(codes_BTNC, state.decoder)[:, -1])
+        state.frame_BHWC = to_uint8(self.tokenizer.decode(codes_BTNC, state.decoder)[:, -1])
 
     @torch.inference_mode()
     def infer_actions(self, frames_BTHWC: Tensor) -> Tensor:
@@ -307,25 +310,24 @@ class Genie(nn.Module):
         return self.tokenizer.encode(_to_unit(frames_BTHWC.to(self.device))).flatten(2).cpu()
 
     @torch.no_grad()
-    def painting(self, codes_BTNC: Tensor, t: Sequence[int]) -> Iterator[Tensor]:
-        """The uint8 frames (B, H, W, 3) that play showed, one by one, of codes of which the first are frames `t`.
+    def painting(self, codes_BTNC: Tensor, cache: TemporalCache) -> Iterator[Tensor]:
+        """The uint8 frames (B, H, W, 3) that play showed, one by one, of codes that follow, and join, the cache's past.
 
         Those behind the first `picture_memory`, or behind frame 0, are what was seen, as exactly as `resuming`'s.
         """
-        cache = TemporalCache()
-        cache.positions = list(t)
         for frame in range(codes_BTNC.shape[1]):
             with self._play_precision():
                 x_B1HWC = self.tokenizer.decode(codes_BTNC[:, frame : frame + 1].to(self.device), cache)
-            yield _to_uint8(x_B1HWC[:, 0]).cpu()
+            yield to_uint8(x_B1HWC[:, 0]).cpu()
 
     @torch.inference_mode()
     def reconstruct(self, frames_BTHWC: Tensor) -> Tensor:
         """uint8 clips through the tokenizer and back."""
-        return _to_uint8(self.tokenizer.decode(self.tokenizer.encode(_to_unit(frames_BTHWC.to(self.device))))).cpu()
+        return to_uint8(self.tokenizer.decode(self.tokenizer.encode(_to_unit(frames_BTHWC.to(self.device))))).cpu()
 
 
-def _memory(part: nn.Module) -> int:
+def frames_remembered(part: nn.Module) -> int:
+    """How many frames back, its own among them, one may hang on in it."""
     return 1 + sum(module.window - 1 for module in part.modules() if isinstance(module, TemporalAttention))
 
 
@@ -333,5 +335,6 @@ def _to_unit(frames: Tensor) -> Tensor:
     return frames.float() / 255
 
 
-def _to_uint8(x: Tensor) -> Tensor:
+def to_uint8(x: Tensor) -> Tensor:
+    """From [0, 1]."""
     return (x * 255).round().clamp(0, 255).to(torch.uint8)

@@ -23,10 +23,12 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from genie_model import files
 from genie_model.backend.sharding import Mesh, check_xla
 from genie_model.config import Config, StageConfig
+from genie_model.enlarging import Enlarging
 from genie_model.genie import Genie
 from genie_model.jobset import (
     DIGEST_LABEL,
@@ -41,7 +43,7 @@ from genie_model.presets import get_preset
 
 __all__ = ["Job", "JobError", "launch"]
 
-STAGES = ("train-tokenizer", "train-world")
+STAGES = ("train-tokenizer", "train-world", "train-decoder")
 # Where Kubeflow Pipelines makes the MLflow runs itself, it tells the step of its own by these; the leader adopts it.
 _PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_WORKSPACE")
 _NEVER = "FailJobSetFailurePolicyAction"  # why a JobSet failed that a rule of jobset.py gives up at once
@@ -92,7 +94,7 @@ def launch(
     result_uri = f"{root_uri}/results/{name}"
     command = ["python", "-m", "genie_model", stage, preset, *(f"--set={override}" for override in overrides)]
     command += [f"--root={root_uri}", f"--data={data_uri}", f"--experiment={experiment}", f"--result={result_uri}"]
-    command += [f"--tokenizer={tokenizer_uri}"] if stage == "train-world" else []
+    command += [f"--tokenizer={tokenizer_uri}"] if tokenizer_uri else []
     command += [f"--tracking-uri={tracking_uri}"] if tracking_uri else []
     command += [f"--study={json.dumps(study)}"] if study else []
     passed_on = {key: os.environ[key] for key in _PASSED_ON if os.environ.get(key)}
@@ -118,16 +120,22 @@ def _on_slice(stage: str, preset: str, overrides: Sequence[str], chips: int) -> 
     mesh = Mesh(*config.parallel.mesh(chips))
     if config.parallel.backend == "xla":
         with torch.device("meta"):
-            genie = Genie(config)
+            trained = _trained(config, stage)
         try:
-            check_xla(mesh, genie.tokenizer if stage == "train-tokenizer" else genie, _stage(config, stage))
+            check_xla(mesh, trained, _stage(config, stage))
         except ValueError as error:
             raise ValueError(f"{stage} of {preset} cannot be shared by {chips} chips: {error}") from None
     return config, overrides
 
 
 def _stage(config: Config, stage: str) -> StageConfig:
-    return config.train_tokenizer if stage == "train-tokenizer" else config.train_world
+    stages = (config.train_tokenizer, config.train_world, config.train_large_decoder)
+    return stages[STAGES.index(stage)]
+
+
+def _trained(config: Config, stage: str) -> nn.Module:
+    genie = Genie(config)
+    return {"train-tokenizer": genie.tokenizer, "train-world": genie}.get(stage) or Enlarging(config, genie.tokenizer)
 
 
 def _start(cluster: JobSetClient, wanted: dict[str, Any], result_uri: str, poll_seconds: float) -> bool:

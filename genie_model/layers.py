@@ -33,8 +33,9 @@ class TemporalCache:
     what order a ring lies does not matter: keys carry their positions. Worlds of a batch may differ in theirs.
     """
 
-    def __init__(self) -> None:
-        self.positions: list[int] = []  # of each world: frames committed so far, the rotary position of the next one
+    def __init__(self, positions: Sequence[int] = ()) -> None:
+        """Empty, of worlds whose next frames have these positions; by default of as many as come, at their first."""
+        self.positions = [*positions]  # of each world: frames committed so far, the rotary position of the next one
         self.rings: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (k_BNHSK, v_BNHSK)
         self.next: Time | None = None  # of the next frame, once it was looked at and until it is committed
 

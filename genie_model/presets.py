@@ -10,6 +10,7 @@ from genie_model.config import (
     DynamicsConfig,
     EvaluationConfig,
     LAMConfig,
+    LargeDecoderConfig,
     OptimizerConfig,
     PolicyConfig,
     SamplingConfig,
@@ -61,6 +62,7 @@ def _demo() -> Config:
         policy=PolicyConfig(patch_size=8, transformer=slim, linear_layer=128),
         train_policy=StageConfig(steps=1500, batch_size=16, optimizer=policy_rates, checkpoint_every=250),
         cloning=CloningConfig(levels=320),
+        train_large_decoder=StageConfig(steps=800, batch_size=4, optimizer=tokenizer_rates, checkpoint_every=100),
     )
 
 
@@ -139,6 +141,8 @@ def _tiny() -> Config:
         policy=PolicyConfig(patch_size=16, transformer=tiny, linear_layer=32),
         train_policy=stage,
         cloning=CloningConfig(mode="easy", levels=4, labelled=(0, 20), eval_levels=3, max_steps=20),
+        large_decoder=LargeDecoderConfig(scale=2),
+        train_large_decoder=stage,
     )
 
 

@@ -14,14 +14,45 @@ from torch import Tensor, nn
 
 from genie_model import collectives
 from genie_model.chance import Chance
-from genie_model.config import TokenizerConfig
+from genie_model.config import TokenizerConfig, TransformerConfig
 from genie_model.layers import AttentionKind, PatchGrid, STTransformer, TemporalCache
 from genie_model.quantizer import VectorQuantizer
 
 _ATTENTION: dict[str, AttentionKind] = {"st_vivit": "factorized", "vit": "spatial", "c_vivit": "full"}
 
 
-class VideoTokenizer(nn.Module):
+class TokenDecoder(nn.Module):
+    """Vectors of codes -> frames: half of the tokenizer, and by itself the larger decoder (large_decoder.py)."""
+
+    def make_decoder(
+        self, config: TokenizerConfig, transformer: TransformerConfig, grid: PatchGrid, window: int
+    ) -> None:
+        """Its layers, for frames of that grid: called where they have their place in the order of the module's own."""
+        self.config, self.grid, self.num_patches = config, grid, grid.num_patches
+        pixels = grid.patch**2 * 3
+        self.from_latent = nn.Linear(config.token_dim, transformer.d_model)
+        self.decoder_position = nn.Parameter(0.02 * torch.randn(self.num_patches, transformer.d_model))
+        self.decoder = STTransformer(transformer, window, _ATTENTION[config.architecture])
+        self.patch_out = nn.Linear(transformer.d_model, pixels)
+        self.squares = math.isqrt(config.codes_per_patch)  # per side
+        if config.codes_per_patch > 1:
+            self.square_out = nn.Linear(config.codebook.latent_dim, pixels // config.codes_per_patch)
+
+    def decode_latents(self, latents_BTNCL: Tensor, cache: TemporalCache | None = None) -> Tensor:
+        """Frames as they come, not held to [0, 1]; with a cache they continue, and join, its past."""
+        h_BTND = self.from_latent(latents_BTNCL.flatten(-2))
+        h_BTND = self.decoder(h_BTND + self.decoder_position.to(h_BTND.dtype), cache, commit=cache is not None)
+        patches: Tensor = self.patch_out(h_BTND)
+        if self.config.codes_per_patch > 1:
+            squares, side = self.square_out(latents_BTNCL), self.grid.patch // self.squares
+            patches = patches + rearrange(
+                squares, "b t n (a d) (p q c) -> b t n (a p d q c)", a=self.squares, p=side, q=side
+            )
+        # Zero output is mid-grey: the picture's own mean costs no capacity.
+        return self.grid.join(patches + 0.5)
+
+
+class VideoTokenizer(TokenDecoder):
     """Frames in [0, 1] <-> N * C discrete codes a frame. Code z_t has seen x_1..t and nothing later.
 
     C = `codes_per_patch` codes leave each patch: with 1 it is the paper's; more buy the bits of smaller patches at the
@@ -34,23 +65,16 @@ class VideoTokenizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig, height: int, width: int, window: int) -> None:
         super().__init__()
-        self.config, self.grid = config, PatchGrid(height, width, config.patch_size)
-        self.num_patches = self.grid.num_patches
-        pixels, latent = config.patch_size**2 * 3, config.codes_per_patch * config.codebook.latent_dim
+        grid = PatchGrid(height, width, config.patch_size)
+        pixels = config.patch_size**2 * 3
         self.patch_in = nn.Linear(pixels, config.encoder.d_model)
-        self.encoder_position = nn.Parameter(0.02 * torch.randn(self.num_patches, config.encoder.d_model))
+        self.encoder_position = nn.Parameter(0.02 * torch.randn(grid.num_patches, config.encoder.d_model))
         self.encoder = STTransformer(config.encoder, window, _ATTENTION[config.architecture])
-        self.to_latent = nn.Linear(config.encoder.d_model, latent)
+        self.to_latent = nn.Linear(config.encoder.d_model, config.token_dim)
         self.quantizer = VectorQuantizer(config.codebook)
-        self.from_latent = nn.Linear(latent, config.decoder.d_model)
-        self.decoder_position = nn.Parameter(0.02 * torch.randn(self.num_patches, config.decoder.d_model))
-        self.decoder = STTransformer(config.decoder, window, _ATTENTION[config.architecture])
-        self.patch_out = nn.Linear(config.decoder.d_model, pixels)
-        self.squares = math.isqrt(config.codes_per_patch)  # per side
+        self.make_decoder(config, config.decoder, grid, window)
         if config.codes_per_patch > 1:
-            square_pixels = pixels // config.codes_per_patch
-            self.square_in = nn.Linear(square_pixels, config.codebook.latent_dim)
-            self.square_out = nn.Linear(config.codebook.latent_dim, square_pixels)
+            self.square_in = nn.Linear(pixels // config.codes_per_patch, config.codebook.latent_dim)
             self._start_from_squares()
 
     @torch.no_grad()
@@ -58,7 +82,7 @@ class VideoTokenizer(nn.Module):
         basis_LP = cosine_transform(self.config.patch_size // self.squares)[: self.config.codebook.latent_dim]
         L = len(basis_LP)
         self.square_in.weight[:L] = basis_LP
-        self.square_in.bias[:L] = -0.5 * basis_LP.sum(-1)  # mid-grey is zero, as in _decode
+        self.square_in.bias[:L] = -0.5 * basis_LP.sum(-1)  # mid-grey is zero, as in decode_latents
         self.square_out.weight[:, :L] = basis_LP.T
         self.square_out.bias.zero_()
         for small in (self.to_latent, self.patch_out):
@@ -68,7 +92,7 @@ class VideoTokenizer(nn.Module):
     def forward(self, x_BTHWC: Tensor, chance: Chance | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of a batch of clips in [0, 1], and what to log. Codes learn where `chance` is given."""
         quantized = self.quantizer(self._encode(x_BTHWC), chance)
-        error = F.mse_loss(self._decode(quantized.latents).float(), x_BTHWC.float())
+        error = F.mse_loss(self.decode_latents(quantized.latents).float(), x_BTHWC.float())
         logs = {"mse": error, "psnr": -10 * collectives.mean(error).log10(), "quantizer_loss": quantized.loss}
         logs |= {f"code_{name}": value for name, value in quantized.logs.items()}
         return error + quantized.loss, {name: value.detach() for name, value in logs.items()}
@@ -79,7 +103,7 @@ class VideoTokenizer(nn.Module):
 
     def decode(self, codes_BTNC: Tensor, cache: TemporalCache | None = None) -> Tensor:
         """Codes -> frames in [0, 1]; with a cache the frames continue, and join, its past."""
-        return self._decode(self.quantizer.embed(codes_BTNC), cache).float().clamp(0, 1)
+        return self.decode_latents(self.quantizer.embed(codes_BTNC), cache).float().clamp(0, 1)
 
     def _encode(self, x_BTHWC: Tensor) -> Tensor:
         patches = self.grid.cut(x_BTHWC)
@@ -94,18 +118,6 @@ class VideoTokenizer(nn.Module):
             )
             latents = latents + self.square_in(squares)
         return latents
-
-    def _decode(self, latents_BTNCL: Tensor, cache: TemporalCache | None = None) -> Tensor:
-        h_BTND = self.from_latent(latents_BTNCL.flatten(-2))
-        h_BTND = self.decoder(h_BTND + self.decoder_position.to(h_BTND.dtype), cache, commit=cache is not None)
-        patches: Tensor = self.patch_out(h_BTND)
-        if self.config.codes_per_patch > 1:
-            squares, side = self.square_out(latents_BTNCL), self.config.patch_size // self.squares
-            patches = patches + rearrange(
-                squares, "b t n (a d) (p q c) -> b t n (a p d q c)", a=self.squares, p=side, q=side
-            )
-        # Zero output is mid-grey: the picture's own mean costs no capacity.
-        return self.grid.join(patches + 0.5)
 
 
 def cosine_transform(side: int) -> Tensor:

@@ -131,8 +131,11 @@ def train_once(
     loader: Callable[[int, int], ClipLoader],
     root_uri: str,
     log: RunLog | None,
+    keep: nn.Module | None = None,
 ) -> str:
     """Trains `trained`, a part of `whole` or all of it, unless that lies there already; returns the model's URI.
+
+    Of what was trained the model is `keep` alone, if that is given.
 
     `loader` takes the part of every batch that is to be read: the how-manieth of how many.
     """
@@ -158,7 +161,7 @@ def train_once(
         )
         came_to = done.final | {f"peak_memory_mb_{step_name.replace('-', '_')}": backend.peak_memory_mb()}
         checkpoint.save_training(model_uri, came_to)  # before what makes the model whole
-        checkpoint.save_model(model_uri, whole, trained, backend.whole)
+        checkpoint.save_model(model_uri, whole, keep or trained, backend.whole)
         if backend.first:
             state.remove()
         summary(step_name, f"{done.text} -> {model_uri}")

@@ -69,11 +69,12 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
     for name, of, rule in (
         ("seeds", STUDIES, "--seeds and --variant are for studies"),
         ("variants", STUDIES, "--seeds and --variant are for studies"),
-        ("model_uri", ("cloning",), "--model is for cloning"),
+        ("model_uri", ("cloning", "decoder"), "--model is for what goes on from a trained world"),
         ("source_uri", ("video",), "--source is for video"),
-        ("data_uri", ("curation", "promotion", "champion"), "--data is for what takes a data set"),
+        ("data_uri", ("curation", "decoder", "promotion", "champion"), "--data is for what takes a data set"),
+        ("prompts_uri", ("video",), "--prompts is for video"),
         ("labels_uri", ("video", "curation"), "--labels is for video and curation"),
-        ("model_name", ("video", *UPKEEP), "--model-name is for what looks into the registry"),
+        ("model_name", ("video", "decoder", *UPKEEP), "--model-name is for what looks into the registry"),
         ("version", ("promotion",), "--version is for promotion"),
         ("dry_run", ("promotion", "rollback"), "--dry-run is for what changes the registry alone"),
         ("fresh", ("champion",), "--known-levels is for champion"),
@@ -82,6 +83,8 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
         if value is not None and args.pipeline not in of:
             raise ValueError(f"{rule}, not for {args.pipeline}; allowed: {', '.join(of)}")
         given |= {} if value is None else {name: value}
+    if args.pipeline == "decoder" and args.command != "compile" and not {"data_uri", "model_uri"} <= given.keys():
+        raise ValueError("decoder needs --data, a data set of larger frames, and --model, a trained world's folder")
     if args.pipeline == "video" and "source_uri" not in given and args.command != "compile":
         raise ValueError("video needs --source, where the videos lie: a folder, a bucket's prefix, or a manifest")
     if args.pipeline in STUDIES:
@@ -97,7 +100,9 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
     command.add_argument("pipeline", choices=PIPELINES)
     command.add_argument("--seeds", type=_seed, nargs="+", help="of a study: a run of every variant for each")
     command.add_argument("--variant", dest="variants", action="append", help="of a study: only this (may be repeated)")
-    command.add_argument("--model", dest="model_uri", help="of cloning: a trained world's folder (default: trains one)")
+    command.add_argument(
+        "--model", dest="model_uri", help="of cloning (default: trains one) and decoder: a trained world's folder"
+    )
     command.add_argument(
         "--source", dest="source_uri", metavar="URI", help="of video: a folder or a manifest of videos"
     )
@@ -105,7 +110,13 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
         "--labels", dest="labels_uri", metavar="URI", help="of video and curation: what people said of the clips"
     )
     command.add_argument(
-        "--data", dest="data_uri", metavar="URI", help="of curation, promotion and champion: a data set of video"
+        "--prompts", dest="prompts_uri", metavar="URI", help="of video: a folder of pictures to enter the world from"
+    )
+    command.add_argument(
+        "--data",
+        dest="data_uri",
+        metavar="URI",
+        help="of curation, promotion and champion: a data set of video; of decoder: of larger frames",
     )
     _add_model_name(command)
     command.add_argument("--version", help="of promotion: which one (default: the newest)")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 STUDIES = ("lam_inputs", "tokenizers", "scaling", "cloning", "curation")
 UPKEEP = ("champion", "promotion", "rollback")  # of the registry
-PIPELINES = ("coinrun", "video", *STUDIES, *UPKEEP)
+PIPELINES = ("coinrun", "video", "decoder", *STUDIES, *UPKEEP)
 
 
 def pipeline_named(name: str, cluster: Cluster | None = None) -> Any:

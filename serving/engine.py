@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from genie_model.config import SamplingConfig
+from genie_model.layers import TemporalCache
 from serving.clients import Client
 from serving.errors import (
     BadRequestError,
@@ -204,31 +205,37 @@ class Engine:
         return session
 
     async def step(
-        self, session_id: str, actions: list[int], client: Client, expected: int | None = None
+        self, session_id: str, actions: list[int], client: Client, expected: int | None = None, large: bool = False
     ) -> tuple[Session, int, Picture]:
         """Takes the actions, one after another: the session, its steps by then, and the frame they led to.
 
+        `large`: that frame by the larger decoder, which from then on follows the session until a step comes without.
+
         `expected` is the number that the first of them is to get. Sent again after a lost answer, no step is taken
         twice, whichever process took it: what was taken already counts, the rest is taken. Raises UnknownSessionError,
-        BadRequestError, TooManyRequestsError, and SessionMovedError where the session stands elsewhere, or came there
-        by other actions.
+        BadRequestError, NoLargeFramesError, TooManyRequestsError, and SessionMovedError where the session stands
+        elsewhere, or came there by other actions.
         """
         session = await self.session(session_id, client)
         if expected not in (None, session.steps + 1):
             session = await self.session_now(session_id, client)
         try:
-            return session, *await self._step(session, actions, expected)
+            return session, *await self._step(session, actions, expected, large)
         except SessionMovedError:
             if expected is None or self._is_open(session):
                 raise
         session = await self.session(session_id, client)  # as another process left it
-        return session, *await self._step(session, actions, expected)
+        return session, *await self._step(session, actions, expected, large)
 
-    async def _step(self, session: Session, actions: list[int], expected: int | None) -> tuple[int, Picture]:
+    async def _step(
+        self, session: Session, actions: list[int], expected: int | None, large: bool
+    ) -> tuple[int, Picture]:
         num_actions = session.model.info.num_actions
         for action in actions:
             if not 0 <= action < num_actions:
                 raise BadRequestError(f"actions must be from 0 to {num_actions - 1}, not {action}")
+        if large:
+            session.model.larger()
         if session.waiting >= self._settings.max_waiting:
             raise TooManyRequestsError(
                 f"{session.waiting} requests of this session are waiting: send the next after an answer"
@@ -241,20 +248,30 @@ class Engine:
                 taken = 0 if expected is None else session.steps + 1 - expected
                 if taken and not (0 < taken <= len(actions) and await self._took(session, actions[:taken])):
                     raise SessionMovedError(f"this is not step {expected} again, and step {session.steps + 1} is next")
-                if session.world is None:  # a window of frames to compute: others step meanwhile
-                    await self._wake(session)
+                if session.world is None or session.large != large:  # a window of frames to compute: others step
+                    await self._wake(session, large)
                 for action in actions[taken:]:
                     await self.passes.step(session, action)
-                return session.steps, session.picture
+                return await self.newest(session, large)
         except TimeoutError:
             raise SlowStepError("the step took too long: send it again, with its number") from None
         finally:
             session.waiting -= 1
 
-    async def _wake(self, session: Session) -> None:
+    async def newest(self, session: Session, large: bool) -> tuple[int, Picture]:
+        """Its steps so far, and the frame that they led to. Raises NoLargeFramesError."""
+        steps, picture = session.steps, session.picture
+        if not large:
+            return steps, picture
+        if picture.large is None:  # its passes draw none
+            return steps, picture_of((await self.frames(session, steps, steps + 1, large))[0])
+        return steps, picture.large
+
+    async def _wake(self, session: Session, large: bool = False) -> None:
         try:
             with self._in_store(session):
                 await self._in_pieces(self._keeper.waking(session))
+                await self._in_pieces(self._keeper.sizing(session, large))
         except UnknownSessionError:
             raise SessionMovedError(ELSEWHERE) from None
 
@@ -304,25 +321,29 @@ class Engine:
         actions: list[int],
         client: Client,
         gone: Callable[[], Awaitable[bool]],
+        large: bool = False,
     ) -> Pixels:
         """The prompt and the frames after it: uint8 (T, H, W, 3). Players step in between.
 
-        Raises BadRequestError, and as `LongJobs.turn`.
+        `large` ones are all by the larger decoder, the prompt's too. Raises BadRequestError, NoLargeFramesError, and as
+        `LongJobs.turn`.
         """
         if max(actions) >= model.info.num_actions:
             raise BadRequestError(f"actions must be from 0 to {model.info.num_actions - 1}, not {max(actions)}")
         prompt_BTHWC = torch.from_numpy(frame_HWC.copy())[None, None]
         seed = secrets.randbelow(2**31) if seed is None else seed
-        # One array from the start: small ones, kept between large ones that come and go, would tear the heap apart.
-        frames_THWC = np.empty((len(actions) + 1, *frame_HWC.shape), np.uint8)
-        frames_THWC[0] = frame_HWC
+        frames_THWC, past = self._room(len(actions) + 1, model, large), TemporalCache()
         async with self.long_jobs.turn(client, gone):
             state = await self._worker.run_behind(partial(model.genie.start, prompt_BTHWC, seed=seed))
-            for t, action in enumerate(actions, 1):
+
+            def dream(action: int | None) -> torch.Tensor:
+                if action is not None:
+                    model.genie.step(state, torch.tensor([action]), sampling)
+                return model.larger().show(state.codes_BNC, past) if large else state.frame_BHWC.cpu()
+
+            for t, action in enumerate((None, *actions)):
                 await leave_if(gone)
-                step = partial(model.genie.step, state, torch.tensor([action]), sampling)
-                frame_BHWC = await self._worker.run_behind(step)
-                frames_THWC[t] = frame_BHWC[0].numpy()
+                frames_THWC[t] = (await self._worker.run_behind(partial(dream, action)))[0].numpy()
         return frames_THWC
 
     async def infer(self, model: LoadedModel, frames_THWC: Pixels) -> list[int]:
@@ -330,12 +351,26 @@ class Engine:
         frames_BTHWC = torch.from_numpy(frames_THWC)[None]
         return (await self._worker.run_behind(partial(model.genie.infer_actions, frames_BTHWC)))[0].tolist()
 
-    async def frames(self, session: Session, start: int, stop: int) -> Pixels:
-        """Frames start..stop of the session's past, frame 0 being the prompt: uint8 (T, H, W, 3)."""
+    def _room(self, frames: int, model: LoadedModel, large: bool) -> Pixels:
+        """For so many frames: uint8 (T, H, W, 3). Raises BadRequestError for too many, and NoLargeFramesError.
+
+        One array from the start: small ones, kept between large ones that come and go, would tear the heap apart.
+        """
+        grid = (model.larger() if large else model.genie.tokenizer).grid
+        most = max(self._settings.max_animation_pixels // (grid.height * grid.width), 1)
+        if frames > most:
+            raise BadRequestError(f"at most {most} frames of {grid.width} x {grid.height}, not {frames}")
+        return np.empty((frames, grid.height, grid.width, 3), np.uint8)
+
+    async def frames(self, session: Session, start: int, stop: int, large: bool = False) -> Pixels:
+        """Frames start..stop of the session's past, frame 0 being the prompt: uint8 (T, H, W, 3).
+
+        `large` ones are all by the larger decoder. Raises BadRequestError and NoLargeFramesError.
+        """
         if not 0 <= start < stop <= session.steps + 1:
             raise BadRequestError(f"this session has frames 0 to {session.steps}, not {start} to {stop - 1}")
-        frames_THWC = np.empty((stop - start, *session.picture.frame_HWC.shape), np.uint8)
-        pieces, painted = self._keeper.painting(session, start, stop), 0
+        frames_THWC = self._room(stop - start, session.model, large)
+        pieces, painted = self._keeper.painting(session, start, stop, large), 0
         with self._in_store(session):
             while (piece := await self._worker.run_behind(partial(next, pieces, None))) is not None:
                 for frame_HWC in piece:

@@ -66,6 +66,10 @@ class BadRequestError(ServiceError):
     status, code = 422, "invalid_request"
 
 
+class NoLargeFramesError(ServiceError):
+    status, code = 422, "no_large_frames"
+
+
 class TooManyRequestsError(ServiceError):
     status, code, retry_after_seconds = 429, "too_many_requests", 1
 

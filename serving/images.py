@@ -31,6 +31,7 @@ class Picture:
 
     frame_HWC: Pixels
     png: bytes
+    large: Picture | None = None  # by the version's larger decoder, where the session's passes draw it
 
     def packed(self, file_format: str) -> bytes:
         """As "png", "webp" or "jpeg"."""
@@ -41,8 +42,8 @@ class Picture:
         return buffer.getvalue()
 
 
-def picture_of(frame_HWC: Pixels) -> Picture:
-    return Picture(frame_HWC, png(frame_HWC))
+def picture_of(frame_HWC: Pixels, large_HWC: Pixels | None = None) -> Picture:
+    return Picture(frame_HWC, png(frame_HWC), None if large_HWC is None else picture_of(large_HWC))
 
 
 def frame_from_upload(upload: bytes, height: int, width: int, max_pixels: int) -> Pixels:
@@ -141,7 +142,8 @@ def animation(frames_THWC: Pixels, kind: Animation, frames_per_second: int) -> b
         first.save(buffer, "GIF", save_all=True, append_images=more, duration=ticks, loop=0)
         return buffer.getvalue()
     height, width = frames_THWC.shape[1:3]
-    times = 2 * math.ceil(_MP4_HEIGHT / height / 2)  # even, as H.264 wants its sizes
+    times = math.ceil(_MP4_HEIGHT / height)
+    times += times * height % 2 or times * width % 2  # even, as H.264 wants its sizes
     with av.open(buffer, "w", "mp4") as film:
         stream = film.add_stream("libx264", frames_per_second, options={"crf": "18", "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = width * times, height * times, "yuv420p"

@@ -47,12 +47,16 @@ class Outbox:
 
 @live.websocket("/sessions/{session_id}/play")
 async def play(
-    socket: WebSocket, session_id: str, file_format: Annotated[PictureFormat, Query(alias="format")] = "png"
+    socket: WebSocket,
+    session_id: str,
+    file_format: Annotated[PictureFormat, Query(alias="format")] = "png",
+    large: bool = False,
 ) -> None:
     """Takes actions as JSON, the body of POST step; the newest frame comes as a binary message.
 
     A frame is 4 bytes, little-endian: how long the JSON is that follows, {"step", "milliseconds", "version"}; then the
     picture. The first message is the frame where the session stands, so a player who connects again goes on from there.
+    With `large=true` in the address frames come from the model's larger decoder; 4422 says that it has none.
     A bad request is answered with a JSON text, the problem as over HTTP, and leaves the connection open; a session that
     is not there closes it with 4404, one that has too many connections with 4429, a service that cannot open it with
     4503.
@@ -69,9 +73,10 @@ async def play(
         if engine.sockets[session_id] > most:
             raise TooManySocketsError(f"this session has {most} connections: close one")
         session = await engine.session_now(session_id, client)
-        outbox.put(message(session, session.steps, session.picture, 0.0, file_format))
+        outbox.put(message(session, *await engine.newest(session, large), 0.0, file_format))
         while (received := await socket.receive())["type"] != "websocket.disconnect":
-            wrong = await answer(engine, clients, client, session_id, received.get("text") or "", file_format, outbox)
+            asked = received.get("text") or ""
+            wrong = await answer(engine, clients, client, session_id, asked, file_format, large, outbox)
             if wrong:
                 await socket.send_json(wrong)
     except ServiceError as error:
@@ -92,13 +97,14 @@ async def answer(
     session_id: str,
     text: str,
     file_format: PictureFormat,
+    large: bool,
     outbox: Outbox,
 ) -> dict[str, object] | None:
     """Takes the step that is asked for; the problem, if there is one. Raises UnknownSessionError."""
     try:
         asked, began = StepRequest.model_validate_json(text), time.perf_counter()
         clients.count_steps(client, len(asked.taken))
-        session, steps, picture = await engine.step(session_id, asked.taken, client, asked.step)
+        session, steps, picture = await engine.step(session_id, asked.taken, client, asked.step, large)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']}" for e in error.errors())
         return problem(BadRequestError.status, BadRequestError.code, wrong)

@@ -15,8 +15,11 @@ from typing import Protocol
 import fsspec
 import torch
 
-from genie_model.checkpoint import CONFIG, WEIGHTS, load_model
+from genie_model.checkpoint import CONFIG, WEIGHTS, is_model, load_model
 from genie_model.genie import Genie
+from genie_model.large_decoder import FOLDER, LargeDecoder, load_large_decoder
+from genie_model.layers import TemporalCache
+from serving.errors import NoLargeFramesError
 from serving.schemas import ModelInfo, ModelVersionInfo
 from serving.settings import Settings
 
@@ -121,10 +124,19 @@ class LoadedModel:
     info: ModelInfo
     folder: str
     start_frames: dict[str, bytes]
+    large: LargeDecoder | None = None
 
     @property
     def identity(self) -> tuple[str, str, str]:
         return identity(self.info)
+
+    def larger(self) -> LargeDecoder:
+        """What draws its frames large. Raises NoLargeFramesError."""
+        if self.large is None:
+            raise NoLargeFramesError(
+                f"version {self.info.version} has no larger decoder: ask without large=true, or for another version"
+            )
+        return self.large
 
     def is_of(self, version: ModelVersion) -> bool:
         return self.identity == identity(version)
@@ -151,7 +163,8 @@ def folder_digest(uri: str) -> str:
 
 def load(version: ModelVersion) -> LoadedModel:
     """Raises ValueError when the folder holds no whole model."""
-    genie = load_model(version.folder)
+    genie, large_folder = load_model(version.folder), f"{version.folder}/{FOLDER}"
+    large = load_large_decoder(large_folder, genie) if is_model(large_folder) else None
     give_back_large_buffers()
     return LoadedModel(
         genie=genie,
@@ -162,9 +175,12 @@ def load(version: ModelVersion) -> LoadedModel:
             num_actions=genie.config.num_actions,
             frame_height=genie.config.data.frame_height,
             frame_width=genie.config.data.frame_width,
+            large_height=large and large.grid.height,
+            large_width=large and large.grid.width,
         ),
         folder=version.folder,
         start_frames=_read_start_frames(version.folder),
+        large=large,
     )
 
 
@@ -183,7 +199,8 @@ def give_back_large_buffers() -> None:
 def warm(model: LoadedModel) -> None:
     """Dreams one frame, so that the first player waits no longer than the second. Raises ValueError if it is none."""
     began = time.perf_counter()
-    broken = [name for name, weight in model.genie.named_parameters() if not weight.isfinite().all()]
+    parts = [part for part in (model.genie, model.large) if part]
+    broken = [name for part in parts for name, weight in part.named_parameters() if not weight.isfinite().all()]
     if broken:
         raise ValueError(f"the model's weights are not all numbers: {', '.join(broken[:3])}")
     shape = model.genie.config.frame_shape
@@ -191,6 +208,8 @@ def warm(model: LoadedModel) -> None:
     frame_BHWC = model.genie.step(state, torch.zeros(1, dtype=torch.long))
     if frame_BHWC.shape != (1, *shape) or frame_BHWC.dtype != torch.uint8:
         raise ValueError(f"the model dreams {frame_BHWC.dtype} {tuple(frame_BHWC.shape)}, not frames of {shape}")
+    if model.large:
+        model.large.show(state.codes_BNC, TemporalCache([0]))
     log.info("warmed up in %.2f s", time.perf_counter() - began)
 
 

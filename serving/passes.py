@@ -195,7 +195,8 @@ class Passes:
     def _share(self, session: Session) -> bool:
         """Whether it can step in the pass of the first that waits."""
         first = self._steps[0].session
-        return session.model is first.model and session.sampling == first.sampling
+        same = session.model is first.model and session.large == first.large
+        return same and session.sampling == first.sampling
 
     def _forget(self, step: _Step, error: ServiceError) -> None:
         """Drops its session, and answers it."""

@@ -95,6 +95,10 @@ _TIMED = _X_STEPS | {
 _PNG = {200: {"content": {"image/png": {}}, "description": "the frame; X-Steps says which", "headers": _X_STEPS}}
 _STEPPED = {200: {**_PNG[200], "headers": _TIMED}}
 
+Large = Annotated[
+    bool,
+    Query(description="larger frames: the model's large_height and large_width say whether there are", examples=[True]),
+]
 SessionId = Annotated[str, Path(description="as POST /v1/sessions gave it", examples=["pJ3mW0vQk6sZ9y2d"])]
 
 
@@ -263,7 +267,7 @@ async def create_session(engine: EngineDep, prompt: PromptDep, client: ClientDep
 
 @v1.post(
     "/rollouts",
-    dependencies=[_only(*_PROMPT, "actions", "frames_per_second", "format")],
+    dependencies=[_only(*_PROMPT, "actions", "frames_per_second", "format", "large")],
     response_class=Response,
     responses=_ANIMATION,  # type: ignore[arg-type]
 )
@@ -276,6 +280,7 @@ async def rollout(
     actions: Annotated[str, Form(description="to take one after another, from 0", examples=["0,0,0,3,3,1"])],
     frames_per_second: Annotated[int, Form(ge=1, le=50, examples=[10])] = 10,
     kind: Annotated[Animation, Form(alias="format", examples=["mp4"])] = "gif",
+    large: Annotated[bool, Form(description="larger frames, where the model has them", examples=[True])] = False,
 ) -> Response:
     """The frames that a list of actions leads to, the prompt first, as an animation. No session is kept."""
     if not re.fullmatch(r"\d{1,4}(,\d{1,4}){0,499}", actions):
@@ -283,7 +288,7 @@ async def rollout(
     taken = [int(action) for action in actions.split(",")]
     clients.count_steps(client, len(taken))
     frames_THWC = await engine.rollout(
-        prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling, taken, client, request.is_disconnected
+        prompt.model, prompt.frame_HWC, prompt.seed, prompt.sampling, taken, client, request.is_disconnected, large
     )
     return await _animation(frames_THWC, kind, frames_per_second)
 
@@ -321,19 +326,28 @@ async def get_session_info(session: SessionDep) -> SessionInfo:
 
 
 @v1.get("/sessions/{session_id}/frame", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
-async def frame(session: SessionDep) -> Response:
+async def frame(session: SessionDep, engine: EngineDep, large: Large = False) -> Response:
     """The newest frame as PNG."""
-    return _frame_response(session.steps, session.picture)
+    return _frame_response(*await engine.newest(session, large))
 
 
 @v1.post("/sessions/{session_id}/step", response_class=Response, responses=_STEPPED)  # type: ignore[arg-type]
 async def step(
-    body: StepRequest, session_id: SessionId, engine: EngineDep, client: ClientDep, clients: ClientsDep
+    body: StepRequest,
+    session_id: SessionId,
+    engine: EngineDep,
+    client: ClientDep,
+    clients: ClientsDep,
+    large: Large = False,
 ) -> Response:
-    """Takes one action, or several, and answers with the frame they lead to as PNG."""
+    """Takes one action, or several, and answers with the frame they lead to as PNG.
+
+    The first step with larger frames brings what they need of the past into memory, and takes longer; the first without
+    lets go of it.
+    """
     clients.count_steps(client, len(body.taken))
     began = time.perf_counter()
-    _, steps, picture = await engine.step(session_id, body.taken, client, body.step)
+    _, steps, picture = await engine.step(session_id, body.taken, client, body.step, large)
     milliseconds = (time.perf_counter() - began) * 1000
     return _frame_response(steps, picture, **{"Server-Timing": f"step;dur={milliseconds:.1f}"})
 
@@ -353,9 +367,11 @@ async def previews(
 
 
 @v1.get("/sessions/{session_id}/frames/{t}", response_class=Response, responses=_PNG)  # type: ignore[arg-type]
-async def past_frame(session: SessionDep, engine: EngineDep, t: Annotated[int, Path(ge=0, examples=[0])]) -> Response:
-    """Any frame of the session's past as PNG; frame 0 is the prompt."""
-    return _frame_response(t, picture_of((await engine.frames(session, t, t + 1))[0]))
+async def past_frame(
+    session: SessionDep, engine: EngineDep, t: Annotated[int, Path(ge=0, examples=[0])], large: Large = False
+) -> Response:
+    """Any frame of the session's past as PNG; frame 0 is the prompt, or large what its tokens show."""
+    return _frame_response(t, picture_of((await engine.frames(session, t, t + 1, large))[0]))
 
 
 @v1.get("/sessions/{session_id}/animation.{kind}", response_class=Response, responses=_ANIMATION)  # type: ignore[arg-type]
@@ -368,12 +384,13 @@ async def animation(
     kind: Annotated[Animation, Path(examples=["gif"])],
     frames_per_second: Annotated[int, Query(ge=1, le=50, examples=[10])] = 10,
     last: Annotated[int, Query(ge=1, le=1000, description="at most so many frames, the newest", examples=[300])] = 300,
+    large: Large = False,
 ) -> Response:
     """The session as an animation."""
     start, stop = max(session.steps + 1 - last, 0), session.steps + 1
     clients.count_steps(client, stop - start)
     async with engine.long_jobs.turn(client, request.is_disconnected):
-        frames_THWC = await engine.frames(session, start, stop)
+        frames_THWC = await engine.frames(session, start, stop, large)
         return await _animation(frames_THWC, kind, frames_per_second)
 
 

@@ -20,6 +20,10 @@ class ModelInfo(BaseModel):
     num_actions: int = Field(description="actions are 0 .. num_actions - 1", examples=[6])
     frame_height: int = Field(description="of a frame, in pixels", examples=[64])
     frame_width: int = Field(description="of a frame, in pixels", examples=[64])
+    large_height: int | None = Field(
+        None, description="of a frame asked for with large=true; null: there are none", examples=[256]
+    )
+    large_width: int | None = Field(None, description="of the same", examples=[256])
 
 
 class StartFrame(BaseModel):

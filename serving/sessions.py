@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from genie_model.config import SamplingConfig
 from genie_model.genie import NO_ACTION, PlayState
+from genie_model.layers import TemporalCache
 from serving import worlds
 from serving.errors import UnknownSessionError
 from serving.images import Picture, Pixels, frame_from_png, picture_of
@@ -44,6 +45,11 @@ class Session:
     previewing: asyncio.Lock = field(default_factory=asyncio.Lock)
     previews_waiting: int = 0
     waiting: int = 0  # requests that wait for the lock, or have it
+
+    @property
+    def large(self) -> bool:
+        """Whether its passes draw large frames too."""
+        return self.world is not None and self.world.state.large is not None
 
     def info(self) -> SessionInfo:
         return SessionInfo(
@@ -85,20 +91,21 @@ class Keeper:
             show([None] * len(sessions))
             return
         torch.set_num_threads(max(self._threads - (len(awake) <= FEW), 1))
-        genie, sampling = sessions[0].model.genie, sessions[0].sampling
-        found = worlds.step(genie, [world for *_, world in awake], [action for _, action, _ in awake], sampling)
+        model, sampling = sessions[0].model, sessions[0].sampling
+        stepping, taken = [world for *_, world in awake], [action for _, action, _ in awake]
+        found = worlds.step(model.genie, stepping, taken, sampling, model.large)
         frames = [
             Frame(session.id, session.steps + 1, action, codes_NC)
-            for (session, action, _), (_, codes_NC) in zip(awake, found, strict=True)
+            for (session, action, _), (*_, codes_NC) in zip(awake, found, strict=True)
         ]
         kept = self.store.append(frames)
         seen = {
-            session: picture_of(frame_HWC)
-            for (session, *_), (frame_HWC, _), mine in zip(awake, found, kept, strict=True)
+            session: picture_of(frame_HWC, large_HWC)
+            for (session, *_), (frame_HWC, large_HWC, _), mine in zip(awake, found, kept, strict=True)
             if mine
         }
         show([seen.get(session) for session in sessions])
-        worlds.remember(genie, [world for *_, world in awake])
+        worlds.remember(model.genie, stepping)
 
     def wake(self, session: Session) -> World:
         """Brings a parked world back, from the tokens of the last frames that matter. Raises UnknownSessionError."""
@@ -120,6 +127,28 @@ class Keeper:
                     yield
             session.world = world
 
+    def sizing(self, session: Session, large: bool) -> Iterator[None]:
+        """From now on its passes draw large frames too, or do no more; in pieces.
+
+        What the larger decoder has to know of the past comes from the store, so a session that wants no large frames
+        keeps nothing for it. Raises UnknownSessionError.
+        """
+        world, cache = self.wake(session), None
+        if session.large == large:
+            return
+        if large:
+            decoder = session.model.larger()
+            first = max(session.steps + 1 - decoder.picture_memory, 0)
+            codes_1TNC, cache = _codes(self._kept(session, first, session.steps + 1)), TemporalCache([first])
+            for replayed, frame_1HWC in enumerate(decoder.painting(codes_1TNC, cache), 1):
+                large_HWC = frame_1HWC[0].numpy()
+                if replayed % _REPLAYED == 0:
+                    yield
+            session.picture = replace(session.picture, large=picture_of(large_HWC))
+        alone = world.state.take([world.row])
+        alone.large = cache
+        session.world = World(alone)
+
     def tidy(self, session: Session, park: bool) -> None:
         """Of an idle session: its world leaves memory, or all that it last stepped beside does.
 
@@ -134,17 +163,20 @@ class Keeper:
     def copies(self, session: Session, times: int) -> PlayState:
         """Its world so many times side by side."""
         world = self.wake(session)
-        return world.state.take([world.row] * times)
+        return replace(world.state, large=None).take([world.row] * times)
 
-    def painting(self, session: Session, start: int, stop: int) -> Iterator[list[Pixels]]:
-        """Frames start..stop as they were seen, in pieces; frame 0 is the prompt itself. Raises UnknownSessionError."""
-        genie = session.model.genie
-        first = max(start + 1 - genie.picture_memory, 0)
+    def painting(self, session: Session, start: int, stop: int, large: bool = False) -> Iterator[list[Pixels]]:
+        """Frames start..stop as they were seen, in pieces; frame 0 is the prompt itself, unless it is to be `large`.
+
+        Raises UnknownSessionError, and NoLargeFramesError.
+        """
+        painter = session.model.larger() if large else session.model.genie
+        first = max(start + 1 - painter.picture_memory, 0)
         codes_1TNC = _codes(self._kept(session, first, stop))
         piece: list[Pixels] = []
-        for t, frame_1HWC in enumerate(genie.painting(codes_1TNC, [first]), first):
+        for t, frame_1HWC in enumerate(painter.painting(codes_1TNC, TemporalCache([first])), first):
             if t >= start:
-                piece.append(frame_1HWC[0].numpy() if t else frame_from_png(self._prompt(session)))
+                piece.append(frame_1HWC[0].numpy() if t or large else frame_from_png(self._prompt(session)))
             if (t - first) % _PAINTED == _PAINTED - 1:
                 yield piece
                 piece = []

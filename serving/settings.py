@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     idle_seconds: float = Field(900.0, gt=0, description="a session that nobody steps for this long ends")
     max_rollouts: int = Field(4, ge=1, description="rollouts and animations that are made or wait")
     max_rollout_seconds: float = Field(120.0, gt=0, description="a rollout or animation not made by then is refused")
+    max_animation_pixels: int = Field(70_000_000, ge=1, description="of all frames of a rollout or animation")
     max_step_seconds: float = Field(30.0, gt=0, description="a step that has waited so long is refused with 503")
     max_connections: int = Field(1000, ge=1, description="connections open at once; to more the answer is 503")
     client_connections: int = Field(

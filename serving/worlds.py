@@ -10,6 +10,7 @@ import torch
 
 from genie_model.config import SamplingConfig
 from genie_model.genie import Genie, PlayState
+from genie_model.large_decoder import LargeDecoder
 from serving.images import Pixels
 from serving.store import Codes
 
@@ -27,9 +28,15 @@ class World:
 
 
 def step(
-    genie: Genie, worlds: Sequence[World], actions: Sequence[int], sampling: SamplingConfig
-) -> list[tuple[Pixels, Codes]]:
-    """Takes each world's action; returns each's frame (H, W, 3) and its codes (N, C).
+    genie: Genie,
+    worlds: Sequence[World],
+    actions: Sequence[int],
+    sampling: SamplingConfig,
+    decoder: LargeDecoder | None = None,
+) -> list[tuple[Pixels, Pixels | None, Codes]]:
+    """Takes each world's action; returns each's frame (H, W, 3), the same by the larger decoder, and its codes (N, C).
+
+    The larger frame is there where that decoder follows all of the worlds (`PlayState.large`).
 
     Worlds that stepped together last time do so in place; others are first brought side by side, which copies their
     pasts once; of a state that they leave, what is still played is copied too once it is the smaller part. What a
@@ -49,7 +56,11 @@ def step(
     action_of = dict(zip((world.row for world in worlds), actions, strict=True))
     frames_BHWC = genie.step(state, torch.tensor([action_of[row] for row in range(len(worlds))]), sampling).numpy()
     codes_BNC = state.codes_BNC.cpu().numpy().astype("<u2")
-    return [(frames_BHWC[world.row], codes_BNC[world.row]) for world in worlds]
+    large_BHWC = decoder.show(state.codes_BNC, state.large).numpy() if decoder and state.large else None
+    return [
+        (frames_BHWC[world.row], None if large_BHWC is None else large_BHWC[world.row], codes_BNC[world.row])
+        for world in worlds
+    ]
 
 
 def remember(genie: Genie, worlds: Sequence[World]) -> None:

@@ -38,7 +38,8 @@ Mode = Literal["easy", "hard"]  # Procgen's distribution_mode
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, Split] = ("train", "eval")
 NUM_ACTIONS = 15
-FRAME_SHAPE = (64, 64, 3)
+FRAME_SHAPE = (64, 64, 3)  # that agents play on
+_SIZES = (64, 128, 256, 512)  # Procgen draws 512 for people to look at: each pixel the mean of some of those
 _RESET = -1  # the action that makes Procgen start a new episode
 _MAX_WAITING = 4  # blocks of CHUNK_FRAMES x levels_per_shard frames that wait to be compressed
 
@@ -66,9 +67,12 @@ def collect(
     made, to the same bytes whatever was interrupted before. Raises ValueError when the config asks for what Procgen
     cannot do or the data set there has another config, OSError when the disk is full (finished shards are kept).
     """
-    if config.frame_shape != FRAME_SHAPE:
-        asked = f"{config.data.frame_width} x {config.data.frame_height}"
-        raise ValueError(f"Procgen renders 64 x 64 pixels, not {asked}: set data.frame_height=64, data.frame_width=64")
+    height, width, _ = config.frame_shape
+    if height != width or height not in _SIZES:
+        raise ValueError(
+            f"Procgen renders 64 x 64 pixels, and for a larger decoder 128, 256 or 512, not {width} x {height}: set "
+            "data.frame_height=64, data.frame_width=64"
+        )
     uri = f"{root_uri.rstrip('/')}/datasets/coinrun-{config.digest('data')}"
     log.params({"data_uri": uri})
     for split in splits:
@@ -121,7 +125,7 @@ def _collect_split(config: Config, split: Split, uri: str, log: RunLog) -> None:
     meta: Meta = {
         "source": "coinrun",
         "split": split,
-        "frame_shape": list(FRAME_SHAPE),
+        "frame_shape": [data.frame_height, data.frame_width, 3],
         "data": data.model_dump(mode="json"),
     }
     declared = has_index(split_uri)
@@ -165,20 +169,22 @@ def _start_shard(
     first_NT = np.zeros(action_NT.shape, bool)
     agent_NT4 = np.zeros((*action_NT.shape, len(_AGENT)), np.float32)
     blocks: list[Future[list[list[bytes]]]] = []
-    env = simulator(len(seeds))
+    shape = (data.frame_height, data.frame_width, 3)
+    env = simulator(len(seeds), large=shape != FRAME_SHAPE)
     try:
         enter_levels(env, seeds)
         for start in range(0, steps, CHUNK_FRAMES):
             stop = min(start + CHUNK_FRAMES, steps)
-            block_NTHWC = np.empty((len(seeds), stop - start, *FRAME_SHAPE), np.uint8)
+            block_NTHWC = np.empty((len(seeds), stop - start, *shape), np.uint8)
             for t in range(start, stop):
                 # After the step that ends an episode Procgen already shows, and flags, the first frame of the next one.
                 _, observation, first_NT[:, t] = env.observe()
                 if split == "eval":
                     agent_NT4[:, t] = [agent(state) for state in env.callmethod("get_state")]
+                large = [] if shape == FRAME_SHAPE else [_shrunk(info["rgb"], shape[0]) for info in env.get_info()]
                 if t + 1 < steps:
                     env.act(action_NT[:, t])  # the simulator's threads step on while this one copies the frames
-                block_NTHWC[:, t - start] = observation["rgb"]
+                block_NTHWC[:, t - start] = large or observation["rgb"]
             if len(blocks) >= _MAX_WAITING:
                 blocks[-_MAX_WAITING].result()  # bounds memory where compression is slower than the simulator
             blocks.append(pool.submit(_compress, block_NTHWC, first_NT[:, start:stop]))
@@ -204,7 +210,7 @@ def _start_shard(
                     for column, name in enumerate(_AGENT):
                         columns[name].append(agent_NT4[n, start:stop, column])
         truth = {name: np.concatenate(parts) for name, parts in columns.items()}
-        write_shard(f"{uri}/{split}", shard, episodes, FRAME_SHAPE, truth)
+        write_shard(f"{uri}/{split}", shard, episodes, shape, truth)
 
     return pool.submit(write)
 
@@ -219,9 +225,25 @@ def _compress(block_NTHWC: NDArray[np.uint8], first_NT: NDArray[np.bool_]) -> li
     ]
 
 
-def simulator(num: int, mode: Mode = "hard") -> ProcgenGym3Env:
+def _shrunk(frame_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """What Procgen draws for people to look at, in `size` x `size` pixels: each the mean of as many as fit."""
+    side = len(frame_HWC) // size
+    total_HWC = np.full((size, size, 3), side**2 // 2, np.uint16)
+    for y in range(side):
+        for x in range(side):
+            total_HWC += frame_HWC[y::side, x::side]
+    return (total_HWC // side**2).astype(np.uint8)
+
+
+def simulator(num: int, mode: Mode = "hard", large: bool = False) -> ProcgenGym3Env:
+    """`large`: `info["rgb"]` of each has 512 x 512 pixels, too."""
     return ProcgenGym3Env(
-        num=num, env_name="coinrun", distribution_mode=mode, num_threads=min(os.cpu_count() or 1, num), rand_seed=0
+        num=num,
+        env_name="coinrun",
+        distribution_mode=mode,
+        num_threads=min(os.cpu_count() or 1, num),
+        rand_seed=0,
+        render_mode="rgb_array" if large else None,
     )
 
 

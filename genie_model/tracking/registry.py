@@ -22,7 +22,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
-from genie_model import files
+from genie_model import files, large_decoder
+from genie_model.checkpoint import load_training
 from genie_model.config import Config
 from genie_model.evaluate import measured_on
 from genie_model.progress import summary
@@ -41,7 +42,7 @@ _DESCRIPTION = (
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A version on local disk; `folder` holds config.json, model.safetensors and start_frames/."""
+    """A version on local disk; `folder` holds config.json, model.safetensors, start_frames/, maybe large_decoder/."""
 
     name: str
     version: str
@@ -53,23 +54,38 @@ class UnknownVersionError(ValueError, LookupError):
     """There is no such version; where MLflow cannot be asked, or a version not be had, a plain ValueError says so."""
 
 
-def register(model_uri: str, metrics: Mapping[str, float], data_uri: str, run: StepRun, name: str = "genie") -> str:
+def register(
+    model_uri: str,
+    metrics: Mapping[str, float],
+    data_uri: str,
+    run: StepRun,
+    name: str = "genie",
+    large_decoder_uri: str = "",
+) -> str:
     """Makes the folder at `model_uri` a version of the registered model `name`; returns the version's number.
 
     The version belongs to the pipeline's run, samples as its config says, and carries the `metrics` that were measured
-    on `data_uri`/eval, which promotion compares. A model that is registered already keeps its version. Raises
-    ValueError when the folder is missing.
+    on `data_uri`/eval, which promotion compares; without a `data_uri` promotion measures it first. The larger decoder
+    at `large_decoder_uri` becomes a folder of its own in the version, and its figures the version's. A model that is
+    registered already keeps its version. Raises ValueError when a folder is missing, and for a larger decoder of
+    another tokenizer.
     """
-    client, measured = run.client, measured_on(run.config, data_uri)
+    client, tags = run.client, {MEASURED_ON: measured_on(run.config, data_uri)} if data_uri else {}
     mlflow.set_tracking_uri(client.tracking_uri)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, _FOLDER)
         _fetch(model_uri, folder)
         _set_sampling(folder, run.config)
+        if large_decoder_uri:
+            _fetch(large_decoder_uri, folder / large_decoder.FOLDER)
+            large_decoder.check_fits(folder)
+            figures = load_training(large_decoder_uri)
+            metrics = {**metrics, **{key: value for key, value in figures.items() if key.startswith("large_")}}
         digest = _digest(folder)
         if known := _version_with(client, name, digest):
             mlflow.log_metrics(dict(metrics), run_id=run.parent_id, model_id=logged_model(known))
-            client.set_model_version_tag(name, known.version, MEASURED_ON, measured)
+            for tag, value in tags.items():
+                client.set_model_version_tag(name, known.version, tag, value)
             summary("register", f"{name} version {known.version} is this model already")
             return str(known.version)
         with mlflow.start_run(run_id=run.parent_id), warnings.catch_warnings():
@@ -83,7 +99,7 @@ def register(model_uri: str, metrics: Mapping[str, float], data_uri: str, run: S
             )
             mlflow.log_metrics(dict(metrics), model_id=logged.model_id)
             _ensure_registered(client, name)
-            tags = {"model_digest": digest, "preset": run.config.name, "trained_at": model_uri, MEASURED_ON: measured}
+            tags |= {"model_digest": digest, "preset": run.config.name, "trained_at": model_uri}
             with contextlib.redirect_stderr(io.StringIO()):  # it tells what the summary below tells
                 version = mlflow.register_model(logged.model_uri, name, tags=tags)
         client.update_run(run.parent_id, "RUNNING")  # start_run() ended it; the pipeline goes on

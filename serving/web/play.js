@@ -23,6 +23,7 @@ let maxUploadBytes = Infinity;
 let held = [];                  // actions whose key or button is down; the newest is taken
 let tapped = null;              // an action pressed and not yet taken, so that the shortest tap counts
 let stepping = false;
+let resized = false;            // the newest frame is of the size that was wanted before
 let previewTimer = 0;
 let previewRequest = new AbortController();
 let previewed = null;           // the step whose previews the buttons show
@@ -76,6 +77,7 @@ async function begin(image, button) {
   played.enter(created);
   const { model } = played.session;
   document.documentElement.style.setProperty("--aspect", model.frame_width / model.frame_height);
+  $("large").hidden = !model.large_height;
   versions.show(model.version);
   actions.show(model);
   starts.mark(button);
@@ -189,6 +191,7 @@ async function run() {
   }
   tapped = null;
   stepping = false;
+  if (played.session && resized) fetchResized();
   if (played.session && played.past === null) staleUntilPreviewed(PREVIEW_AFTER_MS);
 }
 
@@ -217,6 +220,26 @@ async function catchUp() {
       if (world.session.steps !== played.session.steps) throw new Error("It is at another step by now: Restart begins both anew.");
     });
     say("The world was elsewhere: this is where it is now.");
+  } catch (error) {
+    if (!signal.aborted) say(error.message, "bad");
+  }
+}
+
+/** The frames to come are large, or small again, and the newest is fetched so, once no step is under way. */
+function resize() {
+  if (!played.session || $("large").hidden) return;
+  played.large = beside.world.large = !played.large;
+  $("large").setAttribute("aria-pressed", played.large);
+  resized = true;
+  if (!stepping) fetchResized();
+}
+
+async function fetchResized() {
+  const { signal } = played;
+  resized = false;
+  try {
+    await played.catchUp();
+    await beside.follow((world) => world.catchUp());
   } catch (error) {
     if (!signal.aborted) say(error.message, "bad");
   }
@@ -254,7 +277,7 @@ async function share(kind) {
   const { id, model, steps } = played.session;
   $(kind).disabled = true;
   try {
-    await shareAnimation(`v1/sessions/${id}/animation.${kind}`, `${model.name}-${steps}.${kind}`);
+    await shareAnimation(`v1/sessions/${id}/animation.${kind}`, `${model.name}-${steps}.${kind}`, played.isLarge());
   } catch (error) {
     say(error.message, "bad");
   } finally {
@@ -273,6 +296,7 @@ function upload(image) {
 const openPanel = drawingPanel($("draw"), () => played.canvas, (image) => begin(image, $("sketch")));
 const BUTTONS = {
   restart,
+  large: resize,
   gif: () => share("gif"),
   mp4: () => share("mp4"),
   next: () => starts.next(),
@@ -281,7 +305,7 @@ const BUTTONS = {
 };
 for (const [id, command] of Object.entries(BUTTONS)) $(id).addEventListener("click", command);
 followKeys(press, release, releaseAll, {
-  r: BUTTONS.restart, n: BUTTONS.next, g: BUTTONS.gif, m: BUTTONS.mp4, u: BUTTONS.upload, d: BUTTONS.sketch,
+  r: BUTTONS.restart, n: BUTTONS.next, g: BUTTONS.gif, m: BUTTONS.mp4, l: resize, u: BUTTONS.upload, d: BUTTONS.sketch,
   ArrowLeft: back, Backspace: back, ArrowRight: forward, Escape: toNewest,
 });
 followGamepads(press, release, (direction) => actions.ofDirection(direction));

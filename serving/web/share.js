@@ -5,8 +5,9 @@ import { call } from "./service.js";
 const FRAMES_PER_SECOND = 10;
 
 /** Hands it to the system's share sheet where there is one, else downloads it. */
-export async function shareAnimation(path, name) {
-  const blob = await call(`${path}?frames_per_second=${FRAMES_PER_SECOND}`, {}, (response) => response.blob());
+export async function shareAnimation(path, name, large) {
+  const asked = new URLSearchParams({ frames_per_second: FRAMES_PER_SECOND, large });
+  const blob = await call(`${path}?${asked}`, {}, (response) => response.blob());
   const file = new File([blob], name, { type: blob.type });
   if (!await shared(file)) download(file);
 }

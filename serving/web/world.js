@@ -9,6 +9,7 @@ const RATED_FRAMES = 20;
 export class World {
   session = null;                 // {id, model, seed, steps, …} as the service tells it
   prompt = null;                  // frame 0, as PNG
+  large = false;                  // the player wants larger frames; they come where the version has them
   past = null;                    // the past frame that is shown, from which the next action branches
   #life = new AbortController();  // aborted when the world is left for another; a branch stays in it
   #frameTimes = [];               // when the frames of the present run arrived
@@ -35,9 +36,10 @@ export class World {
     for (const [name, value] of Object.entries(fields)) if (value !== "") body.append(name, value);
     const session = await this.insist(() => call("v1/sessions", { method: "POST", body }), signal);
     try {
-      const frame = await this.insist(() => call(`v1/sessions/${session.id}/frame`, {}, picture), signal);
+      const prompt = await this.insist(() => call(`v1/sessions/${session.id}/frame`, {}, picture), signal);
+      const frame = this.isLarge(session) ? await this.insist(() => this.#picture("frame", {}, session), signal) : prompt;
       signal.throwIfAborted();   // another was asked for meanwhile
-      return { session, frame };
+      return { session, prompt: prompt.blob, frame };
     } catch (error) {
       drop(session.id);
       throw error;
@@ -45,10 +47,10 @@ export class World {
   }
 
   /** The figure shows what `create` brought, in place of what it did. */
-  enter({ session, frame }) {
+  enter({ session, prompt, frame }) {
     this.leave();
     this.session = session;
-    this.prompt = frame.blob;
+    this.prompt = prompt;
     this.name(title(session.model));
     this.#took(frame);
   }
@@ -67,12 +69,12 @@ export class World {
 
   async step(action) {
     const { signal } = this;
-    const { id, steps } = this.session;
+    const { steps } = this.session;
     const began = performance.now();
-    const frame = await this.insist(() => call(`v1/sessions/${id}/step`, {
+    const frame = await this.insist(() => this.#picture("step", {
       ...json({ action, step: steps + 1 }),   // the number keeps a repeated request from being taken twice
       signal: AbortSignal.timeout(STEP_TIMEOUT_MS),
-    }, picture), signal);
+    }), signal);
     signal.throwIfAborted();
     this.#took(frame);
     this.#measure(began, performance.now());
@@ -94,11 +96,18 @@ export class World {
   /** The service is at another step than the page: the service is right. */
   async catchUp() {
     const { signal } = this;
-    const newest = await this.insist(() => call(`v1/sessions/${this.session.id}/frame`, {}, picture), signal);
+    const newest = await this.insist(() => this.#picture("frame"), signal);
     signal.throwIfAborted();
     if (newest.t > this.session.steps + 1) this.film.clear();   // what lies between was never here
     this.past = null;
     this.#took(newest);
+  }
+
+  isLarge(session = this.session) { return this.large && Boolean(session.model.large_height); }
+
+  /** What the session answers there: a frame, large where the player wants it. */
+  #picture(path, options = {}, session = this.session) {
+    return call(`v1/sessions/${session.id}/${path}${this.isLarge(session) ? "?large=true" : ""}`, options, picture);
   }
 
   // ---- what is shown
@@ -116,7 +125,7 @@ export class World {
     const { signal } = this;
     const { id } = this.session;
     if (t >= this.film.oldest) return;
-    const frame = await this.insist(() => call(`v1/sessions/${id}/frames/${t}`, {}, picture), signal);
+    const frame = await this.insist(() => this.#picture(`frames/${t}`), signal);
     if (this.session?.id === id && t === this.film.oldest - 1) this.film.prepend(t, frame.bitmap);
   }
 

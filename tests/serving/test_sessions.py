@@ -195,8 +195,8 @@ def test_a_state_that_most_have_left_is_let_go(serve: Serve) -> None:
     assert [len(world.state.seeds) for world in group] == [3, 3, 3, 1]
     alone = World(genie.start(prompt, seed=4))
     for action in (0, 3):
-        (expected_HWC, _), *_ = worlds.step(genie, [alone], [action], sampling)
-    (last_HWC, _), *_ = worlds.step(genie, [group[3]], [3], sampling)
+        (expected_HWC, *_), *_ = worlds.step(genie, [alone], [action], sampling)
+    (last_HWC, *_), *_ = worlds.step(genie, [group[3]], [3], sampling)
     assert np.array_equal(last_HWC, expected_HWC)
 
 
