@@ -6,6 +6,7 @@ from components.curate import curate
 from components.evaluate import evaluate
 from components.ingest import ingest
 from components.keep_all import keep_all
+from components.play_prompts import play_prompts
 from components.promote import promote
 from components.register import register
 from components.score import score
@@ -19,6 +20,7 @@ def video(
     root_uri: str,
     source_uri: str,
     labels_uri: str = "",
+    prompts_uri: str = "",
     preset: str = "platformers_404m",
     overrides: list = [],  # noqa: B006 - KFP reads the default, nobody changes it
     model_name: str = "genie-video",
@@ -29,8 +31,9 @@ def video(
 
     Args:
         root_uri: Where data sets and models lie, e.g. gs://bucket/genie. What is finished there is reused.
-        source_uri: A folder or bucket prefix of videos, or a manifest of them (CSV or Parquet).
+        source_uri: A folder or bucket prefix of videos, a manifest of them (CSV or Parquet), or robot episodes.
         labels_uri: What `python -m serving.label` wrote for this data set; empty trains on every clip.
+        prompts_uri: A folder of pictures to enter the world from (Figure 10); empty takes the samples made here.
         preset: The named config to start from; of two CPU cores: video.
         overrides: Changes to the preset, e.g. ["ingest.aspect=crop", "curation.threshold=0.9"].
         model_name: The registered model. Worlds of one name compete, so they should be of the same kind of video.
@@ -58,8 +61,12 @@ def video(
     tokenizer = train(train_tokenizer, "train tokenizer", **of_video, **data)
     world = train(train_world, "co-train LAM and dynamics", **of_video, **data, tokenizer_uri=tokenizer.output)
     held_out = place(evaluate(**of_video, **data, model_uri=world.output), "medium", "evaluate on held-out videos")
+    # behind evaluation, which leaves start frames to compare with
+    entered = play_prompts(**of_video, model_uri=world.output, images_uri=prompts_uri).after(held_out)
+    place(entered, "medium", "enter from pictures").set_caching_options(False)
     made = {"data_uri": data["data_uri"], "model_uri": world.output, "metrics": held_out.outputs["Output"]}
-    version = place(register(**of_video, **made, model_name=model_name), "small", "register", changes=True)
+    registered = register(**of_video, **made, model_name=model_name).after(entered)
+    version = place(registered, "small", "register", changes=True)
     which = {"data_uri": data["data_uri"], "version": version.output, "model_name": model_name, "pipeline": "video"}
     return place(promote(**run, **which), "medium", "promote", changes=True).output
 

@@ -149,7 +149,8 @@ def _sections(data_uri: str, found: Mapping[str, Any], stores: Sequence[VideoSto
         (
             "Who does not want to be in it",
             "A line in opt_out.txt beside this card (a video's id, owner:NAME or sha256:DIGEST of a clip) hides clips "
-            "from everything that reads the data set: python -m genie_model opt-out --data URI ID",
+            "from everything that reads the data set: python -m genie_model opt-out --data URI ID. The same ingest "
+            "again renews this card and its contact sheet.",
             [],
         ),
     ]
@@ -157,7 +158,10 @@ def _sections(data_uri: str, found: Mapping[str, Any], stores: Sequence[VideoSto
 
 def _counted(what: str, counts: Mapping[str, int]) -> Rows:
     return (
-        [(what, "videos"), *((name.replace("|", "/"), f"{count:,}") for name, count in counts.items())]
+        [
+            (what, "videos"),
+            *((" ".join(name.replace("|", "/").split()), f"{count:,}") for name, count in counts.items()),
+        ]
         if counts
         else []
     )

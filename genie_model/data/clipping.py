@@ -174,7 +174,7 @@ def _decode(video: Video, rules: Rules, path: Path) -> Outcome:
                     break  # the rest
                 about = {
                     **video.provenance(),
-                    "start_seconds": round((clips + hidden) * rules.clip_seconds, 3),
+                    "start_seconds": round((clips + hidden) * rules.clip_frames / rules.framing.fps, 3),
                     "digest": hashlib.sha256(clip_THWC.data).hexdigest(),
                 }
                 if rules.opt_outs.hides(about):

@@ -102,8 +102,7 @@ class LabelledLoader(ClipLoader):
 
 def spread_frames(store: VideoStore, episode: int, at_T: NDArray[np.float64]) -> NDArray[np.uint8]:
     """One frame of each of T equal stretches of an episode: uint8 (T, H, W, C); `at_T` in [0, 1) says where in each."""
-    length = int(store.episode_lengths[episode])
-    places_T = (np.arange(len(at_T)) + at_T) / len(at_T) * length
+    places_T = (np.arange(len(at_T)) + at_T) / len(at_T) * store.length_of(episode)
     return np.concatenate([store.frames(episode, int(place), 1) for place in places_T])
 
 

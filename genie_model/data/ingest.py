@@ -17,6 +17,7 @@ shard, and a clip in each process, however long the source and its videos are.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import itertools
 import json
 import os
@@ -34,7 +35,7 @@ from genie_model.data import card
 from genie_model.data.clipping import Crew, Rules
 from genie_model.data.codecs import Episode
 from genie_model.data.keywords import Keywords
-from genie_model.data.opt_out import OptOuts
+from genie_model.data.opt_out import OptOuts, lines_at
 from genie_model.data.shards import Meta, has_index, missing_shards, write_index, write_shard
 from genie_model.data.sources import Framing, Listing, Rejected, Video, videos_at
 from genie_model.data.store import VideoStore
@@ -62,7 +63,15 @@ def ingest(config: Config, source_uri: str, root_uri: str, log: RunLog = NoLog()
         try:
             with Crew(job.rules, workers, folder) as crew:
                 for split in SPLITS:
-                    _ingest_split(job, split, crew, log)
+                    has_clips = _ingest_split(job, split, crew, log)
+                    if not has_clips and split == "eval" and _hold_out_another(job, crew):
+                        job = _Job.plan(config, job.listing, root_uri)
+                        has_clips = _ingest_split(job, split, crew, log)
+                    if not has_clips:
+                        raise ValueError(
+                            f"no video of {job.listing.uri} makes a clip for the {split} split, of {job.videos[split]} "
+                            f"videos: {job.part_uri(split, 0)} says why; a data set takes two that do, one held out"
+                        )
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # which stops the processes, too
     stores = [VideoStore.open(f"{job.uri}/{split}") for split in SPLITS]
@@ -87,7 +96,7 @@ class _Job:
     keywords: Keywords
     uri: str
     videos: dict[Split, int]  # of each split
-    least: int  # the least of all places: that video is held out whatever the share, and no data set is without one
+    least: int  # a place: that video is held out whatever the share, for no data set is without one
 
     @classmethod
     def plan(cls, config: Config, listing: Listing, root_uri: str) -> _Job:
@@ -103,14 +112,14 @@ class _Job:
         keywords = Keywords.read(own.keywords) if own.keywords else Keywords()
         if own.opt_out and not files.exists(own.opt_out):
             raise ValueError(f"ingest.opt_out: there is no file {own.opt_out}")
-        lines = files.read(own.opt_out).decode().split("\n") if own.opt_out else []
+        lines = lines_at(own.opt_out) if own.opt_out else []
         rules = Rules(framing, clip_frames, own.clip_seconds, own.codec, own.quality, OptOuts.of(lines))
         decides = {
             "format": 1,
             "rules": own.model_dump(mode="json", exclude={"workers", "keywords", "opt_out"}),
             "frame": [data.frame_height, data.frame_width],
             "keywords": keywords.model_dump(mode="json"),
-            "opt_outs": sorted({line.strip() for line in lines}),
+            "opt_outs": sorted(set(lines)),
         }
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
         videos, least = dict.fromkeys(SPLITS, 0), _PLACES
@@ -120,9 +129,11 @@ class _Job:
             videos[job.split_of(video)] += 1
             if job.refusal(video) is None:
                 least = min(least, job.place(video))
+        uri = f"{root_uri.rstrip('/')}/datasets/video-{digest.hexdigest()[:12]}"
+        if files.exists(f"{uri}/{_INSTEAD}"):
+            least = int(files.read(f"{uri}/{_INSTEAD}"))
         if own.eval_share * _PLACES <= least < _PLACES:
             videos["eval"], videos["train"] = videos["eval"] + 1, videos["train"] - 1
-        uri = f"{root_uri.rstrip('/')}/datasets/video-{digest.hexdigest()[:12]}"
         return cls(config, listing, rules, keywords, uri, videos, least)
 
     def place(self, video: Video) -> int:
@@ -156,6 +167,21 @@ class _Job:
 
 
 _PLACES = 1 << 64
+_INSTEAD = "report/held_out.txt"  # the place of the video that is held out where the one of the least place has no clip
+_TRIED = 1000  # videos, until one has
+
+
+def _hold_out_another(job: _Job, crew: Crew) -> bool:
+    """Of a few videos those that would be held out may all be junk: then the next one is that makes a clip, if any."""
+    share = job.config.ingest.eval_share * _PLACES
+    others = (video for video in job.listing if share <= job.place(video) != job.least and not job.refusal(video))
+    for video in heapq.nsmallest(_TRIED, others, key=job.place):
+        for _, outcome in crew.outcomes(iter([video]), job.refusal):
+            outcome.forget()
+            if outcome.clips:
+                files.write_atomic(f"{job.uri}/{_INSTEAD}", f"{job.place(video)}".encode())
+                return True
+    return False
 
 
 class _Head(NamedTuple):
@@ -167,9 +193,12 @@ class _Head(NamedTuple):
     last: bool
 
 
-def _ingest_split(job: _Job, split: Split, crew: Crew, log: RunLog) -> None:
+def _ingest_split(job: _Job, split: Split, crew: Crew, log: RunLog) -> bool:
+    """Whether the split has a clip."""
     uri, heads = f"{job.uri}/{split}", _heads(job, split)
     shards = sum(head.episodes > 0 for head in heads)
+    if not shards:
+        heads = []  # there may be another video in it now
     missing = missing_shards(uri, shards)
     started, made = time.perf_counter(), 0
     for shard in missing:
@@ -180,15 +209,11 @@ def _ingest_split(job: _Job, split: Split, crew: Crew, log: RunLog) -> None:
     if made:
         frames = made * job.rules.clip_frames
         log.metrics({f"ingest_{split}_frames_per_second": frames / (time.perf_counter() - started)})
-    if not shards:
-        raise ValueError(
-            f"no video of {job.listing.uri} makes a clip for the {split} split, of {job.videos[split]} videos: "
-            f"{job.part_uri(split, 0)} says why; another ingest.seed or ingest.eval_share holds out others"
-        )
-    if made or not has_index(uri):
+    if shards and (made or not has_index(uri)):
         others = [VideoStore.open(f"{job.uri}/eval")] if split == "train" else []
         dropped = write_index(uri, shards, job.meta(split), others)
         summary(f"ingest {split}", f"{made:,} clips made, {dropped:,} not listed: they are copies of others")
+    return shards > 0
 
 
 _BEGINNING = _Head(0, 0, 0, False)
@@ -243,7 +268,8 @@ def _make_shards(job: _Job, split: Split, crew: Crew, begin: _Head, shard: int, 
                     if only_one:
                         return made
                     shard += 1
-            lines.append(json.dumps({**video.provenance(), "split": split, **outcome.report()}))
+            known = {name: value for name, value in video.provenance().items() if name not in ("reason", "detail")}
+            lines.append(json.dumps({**known, "split": split, **outcome.report()}))
             outcome.forget()
             progress.update()
         write(job.videos[split], 0, last=True)

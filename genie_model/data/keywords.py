@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import tomllib
@@ -51,9 +52,11 @@ class Keywords(ConfigNode):
 
 
 def _found(words: tuple[str, ...], text: str) -> str:
-    """The first of the words that is in the text, whole; empty where none is."""
-    text = " ".join(text.casefold().split())
-    for word in words:
-        if re.search(rf"(?<!\w){re.escape(word.casefold())}(?!\w)", text):
-            return word
-    return ""
+    """The first of the words in the text, whole; empty where there is none."""
+    found = _pattern(words).search(" ".join(text.casefold().split())) if words else None
+    return found[0] if found else ""
+
+
+@functools.cache
+def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(word.casefold()) for word in words)})(?!\w)")

@@ -1,10 +1,11 @@
 """Who does not want to be in a data set: <data set>/opt_out.txt, honoured whenever a store of it is opened.
 
-A line is a source's id, `owner:NAME`, or `sha256:DIGEST` of a clip's frames; empty lines and those after # say nothing.
+A line is a source's id, `owner:NAME`, or `sha256:DIGEST` of a clip's frames; notes are lines that begin with "# ".
 The data set is the folder that holds train/ and eval/; a view honours its origin's list and its own. What is opted out
 is not in the store: no clip, no picture, no count has it, episodes are numbered without it, and the store's digest is
-another one, so that models and tokens are made anew. The tars keep it, until whoever owns them deletes them. A clip
-that two videos share is listed as the first one's: name its digest to hide it whoever shows it.
+another one, so that models and tokens are made anew. The tars keep it, until whoever owns them deletes them, and so do
+models and pictures that were made before; the same ingest again renews the card's. A clip that two videos share is
+listed as the first one's: name its digest to hide it whoever shows it.
 """
 
 from __future__ import annotations
@@ -38,20 +39,19 @@ class OptOuts:
         found: dict[str, set[int]] = {"source": set(), "owner": set(), "digest": set()}
         for line in (line.strip() for line in lines):
             kind, _, name = line.partition(":")
-            if not line or line.startswith("#"):
+            if not line:
                 continue
+            found["source"].add(hash64(line))  # whatever else it says: a file may be named "#1.mp4" or "owner:me.mp4"
             if kind.lower() == "owner":
                 found["owner"].add(hash64(name.strip()))
             elif kind.lower() == "sha256":
                 found["digest"].add(hash_of_digest(name.strip().lower()))
-            else:
-                found["source"].add(hash64(line))
         return cls(*(frozenset(found[name]) for name in ("source", "owner", "digest")))
 
     @classmethod
     def read(cls, *data_uris: str) -> OptOuts:
         """Those of these data sets. Raises ValueError for a line that says nothing."""
-        return cls.of(line for uri in data_uris for line in _lines(f"{uri}/{NAME}"))
+        return cls.of(line for uri in data_uris for line in lines_at(f"{uri}/{NAME}"))
 
     def hides(self, about: Mapping[str, Any]) -> bool:
         """Whether an episode about which this is known is opted out."""
@@ -78,7 +78,7 @@ def opt_out(data_uri: str, ids: Sequence[str]) -> str:
 
     Raises ValueError for an id that is none, and where no data set is.
     """
-    if not ids or any(not line.strip() or line.strip()[0] == "#" or "\n" in line for line in ids):
+    if not ids or any(not line.strip() or line.strip().startswith("# ") or "\n" in line for line in ids):
         raise ValueError("an opt-out is one line: a source's id, owner:NAME or sha256:DIGEST")
     OptOuts.of(ids)
     before = _hidden(data_uri)
@@ -86,7 +86,7 @@ def opt_out(data_uri: str, ids: Sequence[str]) -> str:
     lock = files.cache_dir() / "locks" / "opt-out"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):  # two at a time would each write their own alone
-        lines = _lines(uri)
+        lines = lines_at(uri)
         lines += [line.strip() for line in ids if line.strip() not in lines]
         files.write_atomic(uri, "".join(f"{line}\n" for line in lines).encode())
     after = _hidden(data_uri)
@@ -97,12 +97,18 @@ def opt_out(data_uri: str, ids: Sequence[str]) -> str:
     return f"{'; '.join(parts)}: {uri}"
 
 
-def _lines(uri: str) -> list[str]:
-    """None where there is no such file; but a store that does not answer is an error, for the list might be there."""
+def lines_at(uri: str) -> list[str]:
+    """None where there is no such file; but a store that does not answer is an error, for the list might be there.
+
+    Raises ValueError for a list that is not in UTF-8: no name in it could be found.
+    """
     try:
-        return cache.try_again(uri, lambda: files.read(uri)).decode().splitlines()
+        text = cache.try_again(uri, lambda: files.read(uri)).decode("utf-8-sig")  # as Windows' editors write it
     except FileNotFoundError:
         return []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{uri} is no text in UTF-8: {error}") from None
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def _hidden(data_uri: str) -> dict[str, tuple[int, int]]:

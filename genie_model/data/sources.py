@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import abc
 import csv
+import errno
 import io
 import math
+import os.path
+import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -17,14 +21,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from PIL import Image
 
 from genie_model import cache
-from genie_model.files import is_local
 
 Reason = Literal[
-    "missing",  # no such file, or it may not be read
+    "missing",  # no such file, it may not be read, or it is no file but a folder or a device
     "empty",  # a file of zero bytes
     "not a video",  # no container of video, or one whose head is broken or missing
     "no picture",  # audio only, or a cover picture
@@ -44,6 +48,7 @@ Note = Callable[[str], object]  # is told what was done to a video that is not p
 
 _TEXTS = ("title", "description", "owner", "licence")
 _MANIFESTS = {".csv", ".parquet"}
+_NOT_IN_A_LINE = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's control characters, halves of pairs, ends of lines and paragraphs
 
 
 def no_note(text: str) -> None:
@@ -114,7 +119,7 @@ class Framing:
 class Video(abc.ABC):
     """One video of a source. It can be pickled: other processes decode it."""
 
-    id: str  # stable: of the manifest, else the path below the source
+    id: str  # stable: of the manifest, else the path below the source; one line, so that it can be opted out
     uri: str
     title: str = ""
     description: str = ""
@@ -155,10 +160,18 @@ class FileVideo(Video):
     def frames(self, framing: Framing, note: Note = no_note) -> Iterator[NDArray[np.uint8]]:
         from genie_model.data.video import decode  # PyAV is the video extra's
 
-        fs, path = url_to_fs(self.uri)
         try:
+            fs, path = _at(self.uri)
+            if isinstance(fs, LocalFileSystem) and not stat.S_ISREG(os.stat(path).st_mode):
+                raise Rejected("missing", "a folder, a pipe or a device, no file")  # which might be waited for
             file = cache.try_again(self.uri, lambda: fs.open(path, "rb", block_size=1 << 20))
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise Rejected("missing", f"{type(error).__name__}: {error}") from None
+        except ValueError as error:  # of fsspec, for a kind of store that it does not know
+            raise Rejected("missing", str(error)) from None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
             raise Rejected("missing", f"{type(error).__name__}: {error}") from None
         with file:
             yield from decode(file, framing, note, self.start, self.stop)
@@ -169,10 +182,11 @@ def videos_at(source_uri: str) -> Listing:
 
     A manifest's columns are uri (or path), relative to its own folder or not, and title, description, owner, licence
     and id where there are such; others become provenance. Every file of a folder is a video, or is rejected with a
-    reason; its title is its name. Hidden ones and manifests are passed over. A bucket's files that a manifest names are
-    not asked for their size one by one: where they change under their names, a column (etag, say) has to tell. Robot
-    episodes (RLDS and LeRobot folders) are told by what lies there (robotics.py). Raises ValueError when nothing is
-    there, and, as it is read, for a manifest that is damaged.
+    reason; its title is its name. Hidden ones, manifests, pipes and devices are passed over. A link to a file is that
+    file; one to a folder is not followed, and the report says so. A bucket's files that a manifest names are not asked
+    for their size one by one: where they change under their names, a column (etag, say) has to tell. Robot episodes
+    (RLDS and LeRobot folders) are told by what lies there (robotics.py). Raises ValueError when nothing is there, and,
+    as it is read, for a manifest that is damaged.
     """
     from genie_model.data.robotics import episodes_at  # it is built on this file
 
@@ -191,8 +205,8 @@ def _of_folder(source_uri: str) -> Iterator[Video]:
     fs, root = url_to_fs(source_uri)
     for info in _files_below(fs, root.rstrip("/")):
         below = PurePosixPath(info["name"]).relative_to(root.rstrip("/") or "/")
-        title = below.stem.replace("_", " ").replace("-", " ")
-        yield FileVideo(str(below), f"{source_uri}/{below}", title, version=version_of(info))
+        title = one_line(below.stem.replace("_", " ").replace("-", " "))
+        yield FileVideo(one_line(str(below)), f"{source_uri}/{below}", title, version=version_of(info))
 
 
 def _files_below(fs: Any, folder: str) -> Iterator[Mapping[str, Any]]:
@@ -203,8 +217,21 @@ def _files_below(fs: Any, folder: str) -> Iterator[Mapping[str, Any]]:
             continue
         if info["type"] == "directory":
             yield from _files_below(fs, info["name"].rstrip("/"))
+        elif info.get("islink"):
+            yield _followed(info)
         elif info["type"] != "other" and path.suffix.lower() not in _MANIFESTS:  # a pipe would be waited for
             yield info
+
+
+def _followed(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a link of this machine, with size and time of what it leads to; where that is nothing, the report says so."""
+    return {**info, **_info(info["name"])}
+
+
+def one_line(text: str) -> str:
+    """With what cannot be in a line of UTF-8 written as Python would: a file's name may have any bytes."""
+    odd = {c for c in text if unicodedata.category(c) in _NOT_IN_A_LINE}
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in odd})
 
 
 def _of_manifest(manifest_uri: str) -> Iterator[Video]:
@@ -214,17 +241,24 @@ def _of_manifest(manifest_uri: str) -> Iterator[Video]:
         if not place:
             raise ValueError(f"{manifest_uri}: row {number + 1} has no uri or path")
         uri = place if "://" in place or place.startswith("/") else f"{folder}/{place}"
-        version = version_of(_local_info(uri)) if is_local(uri) else ""
         about = {name: value for name, value in row.items() if name not in known}
         texts: dict[str, Any] = {name: row.get(name, "") for name in _TEXTS}
-        yield FileVideo(row.get("id") or place, uri, version=version, about=about, **texts)
+        texts["owner"] = one_line(texts["owner"])
+        version = version_of(info) if (info := _info(uri)) else ""
+        yield FileVideo(one_line(row.get("id") or place), uri, version=version, about=about, **texts)
 
 
-def _local_info(uri: str) -> Mapping[str, Any]:
-    fs, path = url_to_fs(uri)
+def _at(uri: str) -> tuple[Any, str]:
+    """As url_to_fs, but for paths of this machine, where it takes a `::` in a name for the end of one."""
+    return url_to_fs(uri) if "://" in uri else (LocalFileSystem(), os.path.abspath(uri))
+
+
+def _info(uri: str) -> Mapping[str, Any]:
+    """What is known of a file of this machine; of others nothing, without a request."""
     try:
-        found: Mapping[str, Any] = fs.info(path)
-    except OSError:
+        fs, path = _at(uri)
+        found: Mapping[str, Any] = fs.info(path) if isinstance(fs, LocalFileSystem) else {}
+    except (OSError, ValueError):  # the report will say so
         return {}
     return found
 
@@ -234,17 +268,19 @@ def _rows(manifest_uri: str) -> Iterator[dict[str, str]]:
     fs, path = url_to_fs(manifest_uri)
     rows: Iterable[Mapping[Any, Any]]
     with fs.open(path, "rb") as file:
-        if path.lower().endswith(".parquet"):
-            import pyarrow.parquet as pq  # the video extra's
-
-            rows = (row for batch in pq.ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
-        else:
-            rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+        is_parquet = path.lower().endswith(".parquet")
         try:
+            if is_parquet:
+                import pyarrow.parquet as pq  # the video extra's
+
+                rows = (row for batch in pq.ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
+            else:
+                rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
             for row in rows:
                 yield {str(name): str(value).strip() for name, value in row.items() if name and value not in (None, "")}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{manifest_uri} is no CSV in UTF-8: {error}") from None
+        except (csv.Error, ValueError) as error:  # PyArrow's errors are ValueErrors, too
+            kind = "Parquet file" if is_parquet else "CSV in UTF-8"
+            raise ValueError(f"{manifest_uri} is no {kind}: {error}") from None
 
 
 def version_of(info: Mapping[str, Any]) -> str:

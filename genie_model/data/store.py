@@ -132,8 +132,12 @@ class VideoStore:
         """Frames of the episodes of these shards, in order."""
         return self._seen(self.columns.num_frames, self.columns.rows_of(shards))
 
+    def length_of(self, episode: int) -> int:
+        """Its frames; `episode_lengths` would go over all episodes, where some are opted out."""
+        return int(self.columns.num_frames[self._place(episode)[1]])
+
     def hashes_in(self, name: Literal["source", "owner", "digest"], shards: range) -> NDArray[np.uint64]:
-        """The same of a column of hashes (columns.py)."""
+        """The hashes (columns.py) of what the episodes of these shards have there, in order; 0: nothing."""
         return self._seen(getattr(self.columns, name), self.columns.rows_of(shards))
 
     def frames(self, episode: int, start: int, length: int) -> NDArray[np.uint8]:

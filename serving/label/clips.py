@@ -96,7 +96,7 @@ class Clips:
         """The clip's frames in rows, as one JPEG: it plays in every browser, at any speed, without a codec."""
         shown, columns, every = self._layout(position)
         episode = self._episode(position)
-        frames_THWC = self.store.frames(episode, 0, int(self.store.episode_lengths[episode]))[::every]
+        frames_THWC = self.store.frames(episode, 0, self.store.length_of(episode))[::every]
         rows, (height, width) = -(-shown // columns), frames_THWC.shape[1:3]
         sheet = np.zeros((rows * columns, height, width, 3), np.uint8)
         sheet[:shown] = frames_THWC
@@ -109,7 +109,7 @@ class Clips:
 
     def _layout(self, position: int) -> tuple[int, int, int]:
         """Frames that are shown, how many a row, and every how-manieth of the clip's that is."""
-        length = int(self.store.episode_lengths[self._episode(position)])
+        length = self.store.length_of(self._episode(position))
         height, width, _ = self.store.meta["frame_shape"]
         every = math.ceil(length * height * width / _SHEET_PIXELS)
         shown = -(-length // every)

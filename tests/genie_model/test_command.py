@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from curation_help import write_true_labels, write_videos
 
 from genie_model.__main__ import main
 from genie_model.checkpoint import load_model, load_tokenizer
+from genie_model.data.store import VideoStore
 from genie_model.tracking import connect
 
 SHORT = ["--set", "train_tokenizer.steps=4", "--set", "train_tokenizer.optimizer.muon_lr=0"]
@@ -43,6 +45,21 @@ def test_the_stages_one_by_one(
     pipeline = client.get_run(run.data.tags["mlflow.parentRunId"])
     assert pipeline.info.status == "RUNNING", "whoever wanted the result goes on"
     assert model_uri in pipeline.data.tags.values()
+
+
+def test_curation_step_by_step_and_scores_in_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_uri = write_videos(f"{tmp_path}/videos", range(6), clips=2)
+    labels_uri = write_true_labels(f"{tmp_path}/labels.json", data_uri)
+    where = ["tiny", "--root", str(tmp_path), "--data", data_uri, "--set", "curation.width=8"]
+    where += ["--set", "curation.steps=20", "--set", "curation.frames=2", "--set", "curation.batch_size=8"]
+    classifier_uri = printed(capsys, "train-curator", *where, "--labels", labels_uri)
+    for share in ("1/2", "0/2"):
+        scores_uri = printed(capsys, "score", *where, "--classifier", classifier_uri, "--share", share)
+    curated_uri = printed(capsys, "curate", *where, "--scores", scores_uri, "--set", "curation.threshold=0.01")
+    assert 1 <= VideoStore.open(f"{curated_uri}/train").num_episodes <= 12
+    with pytest.raises(SystemExit):
+        main(["score", *where, "--classifier", classifier_uri, "--share", "2/2"])
+    assert "'2/2' is no share" in capsys.readouterr().err
 
 
 def test_two_processes_make_the_model_of_one(

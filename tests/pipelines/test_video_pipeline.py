@@ -16,7 +16,7 @@ from genie_model.data.ingest import ingest
 from genie_model.data.store import VideoStore
 from genie_model.presets import get_preset
 
-STEPS = {"ingest", "train-curator", "score", "curate", "train-tokenizer", "train-world", "evaluate"}
+STEPS = {"ingest", "train-curator", "score", "curate", "train-tokenizer", "train-world", "evaluate", "play-prompts"}
 SET = [
     "ingest.clip_seconds=2",
     "ingest.eval_share=0.4",
@@ -26,6 +26,7 @@ SET = [
     "curation.batch_size=4",
     "curation.frames=1",
     "curation.lr=0.01",
+    "prompts.hold_longer=4",
     # A tiny model has learnt nothing; here it may be promoted all the same.
     "promotion.min_delta_psnr=-100",
     "promotion.min_action_usage=0",
@@ -64,6 +65,8 @@ def test_from_files_to_champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (experiment,) = (e for e in client.search_experiments() if e.name == "genie")
     runs = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert {run.info.run_name for run in runs} == STEPS | {"register", "promote"}
+    (entered,) = (run for run in runs if run.info.run_name == "play-prompts")
+    assert {"direction_explained", "held_out/direction_explained"} <= set(entered.data.metrics)
     (world,) = (run for run in runs if run.info.run_name == "train-world")
     (curated,) = (Path(root) / "datasets").glob("curated-*")
     assert world.data.tags["dataset.train.digest"] == VideoStore.open(f"{curated}/train").digest

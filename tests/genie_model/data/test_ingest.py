@@ -23,7 +23,7 @@ from films import PQ, Deadly, film, sound
 
 from genie_model.data import clipping
 from genie_model.data.ingest import ingest
-from genie_model.data.opt_out import OptOuts
+from genie_model.data.opt_out import OptOuts, opt_out
 from genie_model.data.sources import FileVideo, Framing, videos_at
 from genie_model.data.store import VideoStore
 from genie_model.data.video import decode
@@ -113,7 +113,7 @@ def test_the_card_says_what_is_there(videos, tmp_path, threads):
     rows = "id,path,title,description,owner,licence\n" + "".join(
         f"{name},{videos}/{name},{title},,{owner},{licence}\n"
         for name, title, owner, licence in (
-            ("good5.mp4", "A <platformer> speedrun", "ann", "CC-BY-4.0"),
+            ("good5.mp4", "A <platformer> speedrun", "ann", '"CC-BY-4.0\n\n# All rights"'),
             ("good4.mp4", "Platformer: all levels", "bob", "CC0"),
             ("good3.mp4", "Platformer: the movie", "bob", "CC0"),
             ("gone.mp4", "Platformer: all levels", "bob", "CC0"),
@@ -129,12 +129,19 @@ def test_the_card_says_what_is_there(videos, tmp_path, threads):
     assert found["owners"] == {"ann": 1, "bob": 1}
     card, page = (Path(data_uri, name).read_text() for name in ("card.md", "card.html"))
     for text in (card, page):
-        assert "CC-BY-4.0" in text
+        assert "CC-BY-4.0 # All rights" in text
         assert VideoStore.open(f"{data_uri}/train").digest in text
         assert "Files of true actions: 0" in text
     assert "<img" in page
     assert Path(data_uri, "contact_sheet.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(Path(data_uri).rglob("truth*"))
+
+
+def test_a_length_that_is_no_multiple_of_a_frame_s(videos, tmp_path, threads):
+    """A clip has whole frames, and says when its own first one is shown."""
+    data_uri = ingest(CONFIG.with_overrides("ingest.clip_seconds=1.64"), str(videos), str(tmp_path))
+    starts = {start for (_, source, start), *_ in clips(data_uri) if source in ("good5.mp4", "copy.mp4")}
+    assert starts == {0.0, 1.6, 3.2, 4.8, 6.4, 8.0}
 
 
 def test_what_decides_the_clips_names_the_data_set(videos, tmp_path, threads):
@@ -164,6 +171,77 @@ def test_a_split_without_a_clip(tmp_path, threads):
     film(tmp_path / "videos" / "a.mp4", frames=40, fps=10)
     with pytest.raises(ValueError, match=r"makes a clip for the train split, of 0 videos.*train-00000.jsonl says why"):
         ingest(CONFIG, f"{tmp_path}/videos", str(tmp_path))
+
+
+def test_junk_that_would_be_held_out_is_not_all_that_is(videos, tmp_path, threads, monkeypatch):
+    """However few videos, and whenever it is stopped: the next one that makes a clip is held out."""
+    (tmp_path / "videos").mkdir()
+    for number in range(6):
+        (tmp_path / "videos" / f"notes{number}.txt").write_text("not a video")
+    for number in range(1, 4):
+        film(tmp_path / "videos" / f"{number}.mp4", frames=40, fps=10, size=(32, 48), first=number * 100)
+    write, stopped, others = os.replace, 0, 0
+    for seed in range(8):
+        config = CONFIG.with_overrides(f"ingest.seed={seed}", "ingest.eval_share=0.01")
+        whole = ingest(config, f"{tmp_path}/videos", f"{tmp_path}/whole")
+        assert sorted(line["clips"] for line in report(whole).values()) == [0] * 6 + [2] * 3
+        assert [VideoStore.open(f"{whole}/{split}").num_episodes for split in ("eval", "train")] == [2, 4]
+        others += Path(whole, "report", "held_out.txt").exists()
+        for stop in range(4 if others == 1 and not stopped else 0):
+            writes = itertools.count()
+
+            def stopping(source, target, writes=writes, stop=stop):
+                write(source, target)
+                if next(writes) == stop:
+                    raise KilledError
+
+            monkeypatch.setattr(os, "replace", stopping)
+            with pytest.raises(KilledError):
+                ingest(config, f"{tmp_path}/videos", f"{tmp_path}/{stop}")
+            monkeypatch.setattr(os, "replace", write)
+            stopped += contents(ingest(config, f"{tmp_path}/videos", f"{tmp_path}/{stop}")) == contents(whole)
+    assert others > 1
+    assert stopped == 4
+
+
+def test_a_manifest_s_columns_are_not_taken_for_the_report_s(videos, tmp_path, threads):
+    rows = "".join(f"{videos}/good{n}.mp4,because,CC0\n" for n in range(4))
+    (tmp_path / "list.csv").write_text("path,reason,licence\n" + rows)
+    data_uri = ingest(CONFIG, f"{tmp_path}/list.csv", str(tmp_path))
+    assert not any("reason" in line for line in report(data_uri).values())
+    assert json.loads((Path(data_uri) / "report.json").read_text())["licences"] == {"CC0": 4}
+    assert all(about["reason"] == "because" for _, _, about in clips(data_uri))
+
+
+def test_files_of_any_name_and_links(videos, tmp_path, threads):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    names = [b"a::b.mp4", b"\xff\xfe.mp4", b"new\nline.mp4", b"#1 [x]?.mp4"]
+    for number, name in enumerate(names):
+        film(folder / "new.mp4", frames=20, fps=10, size=(32, 48), first=100 * number)
+        os.rename(folder / "new.mp4", os.path.join(os.fsencode(folder), name))
+    (folder / "link.mp4").symlink_to(videos / "good5.mp4")
+    (folder / "broken.mp4").symlink_to("nowhere")
+    (folder / "itself.mp4").symlink_to("itself.mp4")
+    (folder / "above").symlink_to(tmp_path)
+    os.mkfifo(folder / "pipe.mp4")
+    data_uri = ingest(CONFIG, str(folder), str(tmp_path))
+    told = {name: line.get("reason", line["clips"]) for name, line in report(data_uri).items()}
+    assert told == {
+        "a::b.mp4": 1, r"\udcff\udcfe.mp4": 1, r"new\nline.mp4": 1, "#1 [x]?.mp4": 1, "link.mp4": 6,
+        "broken.mp4": "missing", "itself.mp4": "missing", "above": "missing",
+    }  # fmt: skip
+    opt_out(data_uri, ["#1 [x]?.mp4", r"new\nline.mp4", r"\udcff\udcfe.mp4"])
+    assert {about["source"] for *_, about in clips(data_uri)} == {"a::b.mp4", "link.mp4"}
+
+
+def test_a_row_that_names_no_file_costs_that_row_alone(videos, tmp_path, threads):
+    places = [*(f"{videos}/good{n}.mp4" for n in range(4)), str(videos), "/dev/zero", "nothing://x/y.mp4"]
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(places))
+    told = report(ingest(CONFIG, f"{tmp_path}/list.csv", str(tmp_path)))
+    assert {name: line["reason"] for name, line in told.items() if "reason" in line} == {
+        str(videos): "missing", "/dev/zero": "missing", "nothing://x/y.mp4": "missing"
+    }  # fmt: skip
 
 
 def test_a_clip_shorter_than_training_s(videos, tmp_path):

@@ -136,6 +136,8 @@ def test_the_command_appends(data_uri: str, capsys: pytest.CaptureFixture[str]) 
     assert main(["opt-out", "--data", data_uri, "owner:Bob", "v2", "nobody"]) == 0
     assert "3 of 6 train clips are hidden, 0 of them by this" in capsys.readouterr().out
     assert files.read(f"{data_uri}/opt_out.txt").decode().split("\n") == ["v1", "owner:Bob", "v2", "nobody", ""]
+    assert main(["opt-out", "--data", data_uri, "#1.mp4"]) == 0, "a file may be named so"
+    capsys.readouterr()
     for bad, error in [
         ("sha256:abc", "64 hex digits"),
         ("", "is one line"),
@@ -165,6 +167,17 @@ def test_two_that_append_at_once_lose_nothing(data_uri: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: opt_out(data_uri, [f"other{number}"]), range(8)))
     assert len(files.read(f"{data_uri}/opt_out.txt").decode().split()) == 8
+
+
+def test_a_list_is_read_as_any_editor_writes_it_and_whatever_a_file_is_named(data_uri: str) -> None:
+    files.write_atomic(f"{data_uri}/opt_out.txt", b"\xef\xbb\xbfv1\r\nv2\r\n")
+    assert numbers(train(data_uri)) == [0, 3, 4, 5]
+    files.write_atomic(f"{data_uri}/opt_out.txt", "Zoë".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"opt_out\.txt is no text in UTF-8"):
+        train(data_uri)
+    names = ["#1 best run.mp4", "owner:me.mp4", "a\u2028b.mp4"]
+    listed = OptOuts.of(["# of 2026", *names])
+    assert all(listed.hides({"source": name}) for name in names)
 
 
 def test_ingest_can_ask_of_what_is_not_in_a_data_set_yet() -> None:
