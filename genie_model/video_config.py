@@ -44,7 +44,7 @@ class CurationConfig(ConfigNode):
         0.0,
         ge=0,
         le=1,
-        description="and where the classifier is at least this sure, |2p - 1|; else the clip is dropped",
+        description="and, above 0, where the classifier is at least this sure that it is good, 2p - 1",
     )
     weights_uri: str = Field("", description="pretrained ResNet-18 weights (safetensors) to start from; empty: none")
     seed: int = Field(0, ge=0)
