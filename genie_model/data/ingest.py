@@ -1,7 +1,8 @@
 """Ordinary video becomes a data set of clips (App. B.1): 16 s at 10 frames a second, of the frame's size.
 
     <root>/datasets/video-<digest>/eval/, train/      the clips, as shards.py lays them out; videos are held out whole
-    <root>/datasets/video-<digest>/report/            of every video its clips, or why it has none (JSON lines)
+    <root>/datasets/video-<digest>/report/            of every video its clips, or why it has none (JSON lines);
+                                                      held_out.txt where chance would have held out no clip
     <root>/datasets/video-<digest>/report.json        the same in numbers
     <root>/datasets/video-<digest>/card.md, card.html, contact_sheet.png       (card.py)
 
