@@ -20,7 +20,7 @@ class IngestConfig(ConfigNode):
     codec: Literal["zstd", "h264"] = Field("zstd", description="lossless, or a tenth of the bytes")
     quality: int = Field(18, ge=0, le=51, description="h264's CRF; lower is better")
     clips_per_shard: int = Field(256, ge=1, description="at most, in one tar")
-    eval_share: float = Field(0.05, gt=0, lt=1, description="of the videos, held out whole")
+    eval_share: float = Field(0.05, gt=0, lt=1, description="of the videos, held out whole; one at least")
     keywords: str = Field(
         "", description="URI of a filter, or platformers, the package's own; empty: titles do not count"
     )
