@@ -91,8 +91,8 @@ def test_compiling_a_study_needs_no_torch() -> None:
     ("arguments", "message"),
     [
         (["compile", "coinrun", "--seeds", "1"], "--seeds and --variant are for studies"),
-        (["compile", "scaling", "--model", "world"], "--model is for cloning"),
-        (["compile", "scaling", "--labels", "labels.json"], "--labels is for curation"),
+        (["compile", "scaling", "--model", "world"], "--model is for what goes on from a trained world"),
+        (["compile", "scaling", "--labels", "labels.json"], "--labels is for video and curation"),
         (["run", "lam_inputs", "--preset", "tiny", "--variant", "pixel"], "did you mean 'pixels'"),
         (["report", "lam_inputs", "--state", "nowhere"], "there is no MLflow store"),
         (["report", "lam_inputs", "--tracking-uri", "sqlite:///empty.db"], "no experiment 'genie'"),
