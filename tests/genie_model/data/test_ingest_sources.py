@@ -103,6 +103,7 @@ def test_what_is_no_source(tmp_path):
     [
         ("My favourite Platformer - level 3", "", ""),
         ("A 2D  PLATFORMER", "my first speedrun", ""),
+        ("Let\N{RIGHT SINGLE QUOTATION MARK}s play a platformer", "", ""),
         ("Cooking rice", "a walkthrough", "no word of the genre"),
         ("Platformerish playthrough", "", "no word of the genre"),
         ("A platformer", "talk about games", "has an action word"),
