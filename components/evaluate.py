@@ -16,9 +16,13 @@ def evaluate(
     pictures: dsl.Output[dsl.HTML],
     confusion: dsl.Output[dsl.ClassificationMetrics],
     data_digest: str = "",
+    eval_uri: str = "",
     study: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
 ) -> dict:
-    """Measures the model on video it never saw. Returns the metrics; their 95% half widths end in _ci95."""
+    """Measures the model on video it never saw: its data set's held-out ones, or those of another data set, `eval_uri`.
+
+    Returns the metrics; their 95% half widths end in _ci95.
+    """
     from json import dumps
     from math import isfinite
     from pathlib import Path
@@ -31,7 +35,9 @@ def evaluate(
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
     with step("evaluate", preset, overrides, **where, ends_pipeline="variant" in study) as run:
         run.dataset(data_uri, expected=data_digest)
-        result = measure(run.config, model_uri, data_uri, run)
+        if eval_uri:
+            run.dataset(eval_uri, splits=("eval",))
+        result = measure(run.config, model_uri, eval_uri or data_uri, run)
         measured = {name: float(value) for name, value in result.metrics.items() if isfinite(value)}
         run.result(measured)
         metrics.metadata.update(measured)

@@ -13,16 +13,20 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar
 
 from filelock import FileLock
 from fsspec.core import url_to_fs
 
-from genie_model.files import cache_dir, explained
+from genie_model.files import cache_dir, explained, is_local
 
+_K = TypeVar("_K")
 _T = TypeVar("_T")
+_AT_ONCE = 16  # files
 _WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds, after each try that failed but the last
 _IN_USE = 3600.0  # seconds for which a file that was read stays, whatever needs room
 _ABANDONED = 86_400.0  # seconds without a byte after which a download is nobody's
@@ -61,6 +65,22 @@ def try_again(uri: str, read: Callable[[], _T]) -> _T:
                 raise OSError(f"{uri} could not be read in {tries} tries, the last: {error!r}") from error
         time.sleep(wait * random.SystemRandom().uniform(0.5, 1.5))  # else all hosts come back at the same moment
     raise AssertionError("the last try returns or raises")
+
+
+def each(uri: str, read: Callable[[_K], _T], keys: Iterable[_K]) -> Iterator[_T]:
+    """What `read` returns of each key, in their order. A remote store at `uri` is asked for a few at once, since each
+    answer takes its time and there may be a file for every shard; as many results are in memory."""
+    if is_local(uri):
+        yield from map(read, keys)
+        return
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        waiting = deque[Future[_T]]()
+        for key in keys:
+            waiting.append(pool.submit(read, key))
+            if len(waiting) == _AT_ONCE:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def fetch(uri: str, sha256: str, size: int | None = None) -> BinaryIO | None:

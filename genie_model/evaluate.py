@@ -89,7 +89,7 @@ def evaluate(config: Config, model_uri: str, data_uri: str, log: RunLog = NoLog(
     genie.config = genie.config.model_copy(update={"sampling": config.sampling})
     held_out = HeldOut.open(f"{data_uri}/eval", config.evaluation.clips)
     evaluation = measure(config, genie, held_out)
-    save_start_frames(model_uri, held_out)
+    save_start_frames(model_uri, held_out, genie)
     evaluation.log_to(log)
     summary("evaluate", _headline(config, evaluation.metrics))
     return evaluation
@@ -127,12 +127,18 @@ def measured_on(config: Config, data_uri: str) -> str:
     return hashlib.sha256(f"{held_out} {asked} {code_digest(_CODE)}".encode()).hexdigest()[:12]
 
 
-def save_start_frames(model_uri: str, held_out: HeldOut, count: int = 8) -> list[str]:
+def save_start_frames(model_uri: str, held_out: HeldOut, genie: Genie, count: int = 8) -> list[str]:
     """Writes `count` held-out first frames that look unlike each other to <model_uri>/start_frames/00.png, ....
 
-    They are what play starts from when nobody uploads an image. Returns their URIs; the same data give the same files.
+    They are what play starts from when nobody uploads an image. Of ordinary video they are among the half that the
+    tokenizer draws best: the menus and faces that a filter took out of training are held out still. Returns their URIs;
+    the same data and model give the same files.
     """
     firsts_BHWC = np.stack([episode.frames_THWC[0] for episode in held_out.episodes])
+    if not held_out.has_truth:
+        drawn_BTHWC = _in_batches(genie.reconstruct, firsts_BHWC[:, None], "start frames")
+        closeness_B = metrics.psnr(firsts_BHWC, drawn_BTHWC[:, 0])
+        firsts_BHWC = firsts_BHWC[np.sort(np.argsort(-closeness_B)[: -(-len(firsts_BHWC) // 2)])]
     uris = []
     for number, index in enumerate(pictures.most_different(firsts_BHWC, count)):
         png = io.BytesIO()

@@ -22,6 +22,7 @@ from genie_model.config import (
     TokenizerConfig,
     TransformerConfig,
 )
+from genie_model.video_config import IngestConfig
 
 
 class PaperPreset(NamedTuple):
@@ -59,6 +60,7 @@ def _platformers(name: str, dynamics: TransformerConfig, batch_size: int, steps:
     return Config(
         name=name,
         data=DataConfig(frame_height=90, frame_width=160),
+        ingest=IngestConfig(keywords="platformers", codec="h264"),  # App. B.1; raw, its 55M clips take 380 TB
         tokenizer=TokenizerConfig(
             patch_size=4,
             encoder=TransformerConfig(num_layers=12, d_model=512, num_heads=8, head_dim=64),
@@ -120,7 +122,9 @@ def _table_11(name: str, batch_size: int) -> PaperPreset:
 
 def _robotics() -> Config:
     # RT-1 records three steps a second, and its episodes last about ten: a clip is what training takes.
-    return _platformers("robotics", TABLE_11, 256).with_overrides("ingest.fps=3", "ingest.clip_seconds=5.34")
+    return _platformers("robotics", TABLE_11, 256).with_overrides(
+        "ingest.keywords=", "ingest.fps=3", "ingest.clip_seconds=5.34"
+    )
 
 
 PAPER_PRESETS = {

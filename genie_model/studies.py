@@ -235,7 +235,7 @@ STUDIES = {
         stages={"train_policy": "policy"},
     ),
     "curation": Study(
-        "Is less but better data worth more?",
+        "What curation is worth: all clips, or those that a learned filter keeps",
         "Table 4",
         _curation,
         {

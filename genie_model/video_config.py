@@ -20,7 +20,7 @@ class IngestConfig(ConfigNode):
     codec: Literal["zstd", "h264"] = Field("zstd", description="lossless, or a tenth of the bytes")
     quality: int = Field(18, ge=0, le=51, description="h264's CRF; lower is better")
     clips_per_shard: int = Field(256, ge=1, description="at most, in one tar")
-    eval_share: float = Field(0.05, gt=0, lt=1, description="of the videos, held out whole")
+    eval_share: float = Field(0.05, gt=0, lt=1, description="of the videos, held out whole; one at least")
     keywords: str = Field(
         "", description="URI of a filter, or platformers, the package's own; empty: titles do not count"
     )
@@ -44,7 +44,7 @@ class CurationConfig(ConfigNode):
         0.0,
         ge=0,
         le=1,
-        description="and where the classifier is at least this sure, |2p - 1|; else the clip is dropped",
+        description="and, above 0, where the classifier is at least this sure that it is good, 2p - 1",
     )
     weights_uri: str = Field("", description="pretrained ResNet-18 weights (safetensors) to start from; empty: none")
     seed: int = Field(0, ge=0)

@@ -72,6 +72,7 @@ def values(args: argparse.Namespace, root_uri: str) -> dict[str, Any]:
         ("model_uri", ("cloning", "decoder"), "--model is for what goes on from a trained world"),
         ("source_uri", ("video",), "--source is for video"),
         ("data_uri", ("curation", "decoder", "promotion", "champion"), "--data is for what takes a data set"),
+        ("eval_uri", ("curation",), "--eval is for curation"),
         ("prompts_uri", ("video",), "--prompts is for video"),
         ("labels_uri", ("video", "curation"), "--labels is for video and curation"),
         ("model_name", ("video", "decoder", *UPKEEP), "--model-name is for what looks into the registry"),
@@ -112,6 +113,12 @@ def _add_pipeline(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--labels", dest="labels_uri", metavar="URI", help="of video and curation: what people said of the clips"
+    )
+    command.add_argument(
+        "--eval",
+        dest="eval_uri",
+        metavar="URI",
+        help="of curation: whose held-out videos to measure on, if not --data's",
     )
     command.add_argument(
         "--prompts", dest="prompts_uri", metavar="URI", help="of video: a folder of pictures to enter the world from"

@@ -22,6 +22,7 @@ def curation(
     overrides: list = [],  # noqa: B006 - KFP reads the default, nobody changes it
     seeds: list = [0, 1, 2],  # noqa: B006
     variants: list = [],  # noqa: B006
+    eval_uri: str = "",
     tracking_uri: str = "",
     experiment: str = "genie",
 ) -> str:
@@ -38,6 +39,7 @@ def curation(
         overrides: Changes to the preset, e.g. ["curation.threshold=0.9", "curation.confidence=0.8"].
         seeds: One run of every variant for each.
         variants: Only these, e.g. ["curated"]; empty takes original and curated.
+        eval_uri: A data set whose held-out videos all are measured on, of play alone, say; empty takes data_uri's.
         tracking_uri: The MLflow server; empty takes MLFLOW_TRACKING_URI of the step's environment.
         experiment: The MLflow experiment that the study is recorded in.
     """
@@ -65,7 +67,8 @@ def curation(
         of_this = of_cell(cell, run) | {name: kept.outputs[name] for name in ("data_uri", "data_digest")}
         tokenizer = train(train_tokenizer, "train tokenizer", **of_this)
         world = train(train_world, "co-train LAM and dynamics", **of_this, tokenizer_uri=tokenizer.output)
-        measured = place(evaluate(**of_this, model_uri=world.output), "medium", "evaluate on held-out videos")
+        measured = evaluate(**of_this, model_uri=world.output, eval_uri=eval_uri)
+        measured = place(measured, "medium", "evaluate on held-out videos")
     told = place(report(**run, study=study).after(measured), "small", "report")
     told.ignore_upstream_failure()
     told.set_caching_options(False)  # its arguments do not name the cells

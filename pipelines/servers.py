@@ -37,8 +37,10 @@ def mlflow_server(state: Path, port: int) -> Iterator[str]:
     else:
         if left:
             _stop(left["pid"])
-        port = free_port(port, "MLflow")
-        pid = _start_mlflow(folder, note, port)
+        pid = 0
+        while not pid:
+            port = free_port(port, "MLflow")
+            pid = _start_mlflow(folder, note, port)
         say(f"MLflow: {_url(port)}")
     try:
         yield _url(port)
@@ -89,6 +91,7 @@ def free_port(wanted: int, what: str) -> int:
 
 
 def _start_mlflow(folder: Path, note: Path, port: int) -> int:
+    """Its process once it answers; 0 where another program was quicker to take the port."""
     log_path = folder / "server.log"
     command = [sys.executable, "-m", "mlflow", "server", "--host", _HOST, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
@@ -100,7 +103,10 @@ def _start_mlflow(folder: Path, note: Path, port: int) -> int:
     try:
         _write_note(note, process.pid, port)
         deadline = time.monotonic() + _START_SECONDS
-        while not _answers(port):
+        while not (_listens(process.pid, port) and _answers(port)):
+            if process.poll() is not None and _answers(port):
+                note.unlink()
+                return 0
             if process.poll() is not None or time.monotonic() > deadline:
                 how = "did not answer in time" if process.returncode is None else f"ended with {process.returncode}"
                 raise ValueError(f"the MLflow server {how}; its last words are in {log_path}")
@@ -110,6 +116,15 @@ def _start_mlflow(folder: Path, note: Path, port: int) -> int:
         note.unlink(missing_ok=True)
         raise
     return process.pid
+
+
+def _listens(pid: int, port: int) -> bool:
+    """Whether it is this process that answers there, and not the server of another run that began with it."""
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for p in family for c in p.net_connections())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _url(port: int) -> str:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from genie_model import files
 from genie_model.data.columns import Columns
+from genie_model.data.opt_out import OptOuts
 from genie_model.data.sources import REASONS
 from genie_model.data.store import VideoStore
 from genie_model.report import html_table, markdown_table, page
@@ -30,8 +31,9 @@ _LOOKED_AT = 64  # clips of each split whose provenance is read for the card
 _MOST = 20  # licences, owners and notes that are named
 
 
-def summarise(lines: Iterable[Mapping[str, Any]], stores: Sequence[VideoStore]) -> dict[str, Any]:
-    """The report in numbers; `lines` are of every video, read once, one after the other."""
+def summarise(data_uri: str, lines: Iterable[Mapping[str, Any]], stores: Sequence[VideoStore]) -> dict[str, Any]:
+    """The report in numbers; `lines` are of every video, read once, one after the other. Who opted out is not named."""
+    opt_outs = OptOuts.read(data_uri)
     counts: Counter[str] = Counter()
     rejected, notes, licences, owners = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     for line in lines:
@@ -40,6 +42,8 @@ def summarise(lines: Iterable[Mapping[str, Any]], stores: Sequence[VideoStore]) 
         notes.update(note.partition(":")[0] for note in line["notes"])
         if "reason" in line:
             rejected[line["reason"]] += 1
+        elif opt_outs.hides({"source": line["source"], "owner": line.get("owner", "")}):
+            rejected["opted out"] += 1
         else:
             licences[line.get("licence", "not said")] += 1
             owners[line.get("owner", "not said")] += 1
@@ -60,7 +64,7 @@ def summarise(lines: Iterable[Mapping[str, Any]], stores: Sequence[VideoStore]) 
 
 def write(data_uri: str, lines: Iterable[Mapping[str, Any]], stores: Sequence[VideoStore]) -> dict[str, Any]:
     """Writes report.json, card.md, card.html and contact_sheet.png; returns the report."""
-    found = summarise(lines, stores)
+    found = summarise(data_uri, lines, stores)
     sections, sheet = _sections(data_uri, found, stores), contact_sheet(stores[-1])
     title = f"Data set card: {data_uri.rpartition('/')[2]}"
     markdown, body = [f"# {title}"], []

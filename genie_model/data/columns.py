@@ -15,12 +15,12 @@ probability of 55e6^2 / 2^65 = 8e-5; then one clip too many is taken for a dupli
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 from typing_extensions import TypedDict  # the one that pydantic reads before Python 3.12
@@ -156,12 +157,17 @@ class Writer:
         return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing(uri: str = "") -> Iterator[Writer]:
     """Columns that shall lie at `uri`; without one they are for the time being. An OSError says when a disk is full."""
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        # Where they shall lie, for a file is renamed within a disk; what a killed process left there is overwritten.
-        own = Path(url_to_fs(uri)[1], ".columns") if uri and files.is_local(uri) else Path(folder)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, contextlib.ExitStack() as stack:
+        own = Path(folder)
+        if uri and files.is_local(uri):
+            # Where they shall lie: a file is renamed within a disk. What a killed process left there is overwritten.
+            own = Path(url_to_fs(uri)[1], ".columns").absolute()
+            lock = files.cache_dir() / "locks" / f"columns-{hash64(str(own)):016x}"
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(lock))  # two at a time would write into each other's files
         try:
             own.mkdir(parents=True, exist_ok=True)
             writer = Writer(own)

@@ -62,11 +62,14 @@ def labelled_clips(store: VideoStore, labels_uri: str) -> list[Labelled]:
     labels = {
         digest: said.label == GOOD for digest, said in read_labels(labels_uri).items() if said.label in (GOOD, BAD)
     }
-    clips = list[Labelled]()
-    for digest, episode in sorted(episodes_of(store, labels).items()):
-        about = store.about(episode)
-        if about["digest"] == digest:  # and not only its hash
-            clips.append(Labelled(episode, digest, about["source"], labels[digest]))
+    found = sorted(episodes_of(store, labels).items())
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="clips") as pool:  # of a bucket it is two requests for each
+        abouts = pool.map(store.about, (episode for _, episode in found))
+        clips = [
+            Labelled(episode, digest, about["source"], labels[digest])
+            for (digest, episode), about in zip(found, abouts, strict=True)
+            if about["digest"] == digest  # and not only its hash
+        ]
     if not clips:
         raise ValueError(
             f"{store.uri} has none of the {len(labels)} clips that {labels_uri} labels {GOOD} or {BAD}: label its own"
@@ -170,8 +173,11 @@ def load_classifier(uri: str) -> ClipClassifier:
 
 
 def keeps(part: CurationConfig, probability_N: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-    """The decision rule, on prediction and confidence; a clip without a probability (NaN) is dropped."""
-    sure_N = np.abs(2 * probability_N - 1) >= part.confidence
+    """The decision rule, on prediction and confidence; a clip without a probability (NaN) is dropped.
+
+    Confidence is that a clip is good: a classifier that is sure of a bad one keeps it under no threshold.
+    """
+    sure_N = (2 * probability_N - 1 >= part.confidence) | (part.confidence == 0)
     return np.asarray(sure_N & (probability_N >= part.threshold))
 
 
@@ -179,7 +185,9 @@ def held_out_metrics(config: Config, classifier_uri: str) -> dict[str, float]:
     """What the rule does to labels that the classifier never saw, with intervals over their videos.
 
     `curator_precision`: of the clips that are kept, the share that is good; `_base_rate` is that of keeping all.
-    `_recall`: of the good clips, the share that is kept. `_auc`: how often a good clip is above a bad one.
+    `_recall`: of the good clips, the share that is kept. `_auc`: how often a good clip is above a bad one. All are of
+    labels 5 and 1 alone: of what lies between, which other data have too, they say nothing, and a rule that was chosen
+    by them looks better than it is.
     """
     good_N, probability_N, source_N = _held_out(classifier_uri)
     kept_N = keeps(config.curation, probability_N)

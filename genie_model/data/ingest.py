@@ -1,7 +1,8 @@
 """Ordinary video becomes a data set of clips (App. B.1): 16 s at 10 frames a second, of the frame's size.
 
     <root>/datasets/video-<digest>/eval/, train/      the clips, as shards.py lays them out; videos are held out whole
-    <root>/datasets/video-<digest>/report/            of every video its clips, or why it has none (JSON lines)
+    <root>/datasets/video-<digest>/report/            of every video its clips, or why it has none (JSON lines);
+                                                      held_out.txt where chance would have held out no clip
     <root>/datasets/video-<digest>/report.json        the same in numbers
     <root>/datasets/video-<digest>/card.md, card.html, contact_sheet.png       (card.py)
 
@@ -29,7 +30,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from filelock import FileLock
 
-from genie_model import files
+from genie_model import cache, files
 from genie_model.config import Config
 from genie_model.data import card
 from genie_model.data.clipping import Crew, Rules
@@ -221,22 +222,18 @@ _BEGINNING = _Head(0, 0, 0, False)
 
 def _heads(job: _Job, split: Split) -> list[_Head]:
     """Of the parts that are there without a gap."""
-    found: list[_Head] = []
     present = set(files.names(f"{job.uri}/report"))
-    for number in itertools.count():
-        uri = job.part_uri(split, number)
-        if uri.rpartition("/")[2] not in present:
-            return found
-        found.append(_Head(**json.loads(files.read(uri).partition(b"\n")[0])))
-    raise AssertionError("count() does not end")
+    uris = (job.part_uri(split, number) for number in itertools.count())
+    there = itertools.takewhile(lambda uri: uri.rpartition("/")[2] in present, uris)
+    return [_Head(**json.loads(data.partition(b"\n")[0])) for data in cache.each(job.uri, files.read, there)]
 
 
 def _report_lines(job: _Job) -> Iterator[dict[str, Any]]:
     """Of every video, a part at a time."""
     for split in SPLITS:
-        for number in range(len(_heads(job, split))):
-            for line in files.read(job.part_uri(split, number)).splitlines()[1:]:
-                yield json.loads(line)
+        uris = [job.part_uri(split, number) for number in range(len(_heads(job, split)))]
+        for data in cache.each(job.uri, files.read, uris):
+            yield from map(json.loads, data.splitlines()[1:])
 
 
 def _make_shards(job: _Job, split: Split, crew: Crew, begin: _Head, shard: int, only_one: bool = False) -> int:

@@ -53,10 +53,15 @@ class Keywords(ConfigNode):
 
 def _found(words: tuple[str, ...], text: str) -> str:
     """The first of the words in the text, whole; empty where there is none."""
-    found = _pattern(words).search(" ".join(text.casefold().split())) if words else None
+    found = _pattern(words).search(" ".join(_plain(text).split())) if words else None
     return found[0] if found else ""
 
 
 @functools.cache
 def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(word.casefold()) for word in words)})(?!\w)")
+    return re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(_plain(word)) for word in words)})(?!\w)")
+
+
+def _plain(text: str) -> str:
+    """Without what differs between ways to write the same: `let's` has a curly apostrophe in many titles."""
+    return text.casefold().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")

@@ -68,9 +68,12 @@ def _camera(cameras: list[str], wanted: str, uri: str) -> str:
 
 def _json(uri: str) -> Any:
     try:
-        return json.loads(files.read(uri))
+        found = json.loads(files.read(uri))
     except ValueError as error:
         raise ValueError(f"{uri} is broken: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{uri} is broken: it holds no JSON object")
+    return found
 
 
 def _files_in(uri: str) -> dict[str, Mapping[str, Any]]:

@@ -19,6 +19,7 @@ import json
 import os.path
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NotRequired
 
 import fsspec
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # the one that pydantic reads before Python 3.12
 
+from genie_model import cache
 from genie_model.data import columns
 from genie_model.data.codecs import CHUNK_FRAMES as CHUNK_FRAMES
 from genie_model.data.codecs import EXTENSIONS, Codec
@@ -158,7 +160,8 @@ def missing_shards(uri: str, num_shards: int) -> list[int]:
     """The shards of `range(num_shards)` that are not whole: no manifest, or files of another size than it says."""
     fs, root = url_to_fs(uri)
     sizes = file_sizes(fs, root)
-    return [shard for shard in range(num_shards) if not _is_whole(fs, root, sizes, shard)]
+    whole = cache.each(uri, partial(_is_whole, fs, root, sizes), range(num_shards))
+    return [shard for shard, is_whole in enumerate(whole) if not is_whole]
 
 
 def _is_whole(fs: fsspec.AbstractFileSystem, root: str, sizes: Mapping[str, int], shard: int) -> bool:
@@ -182,8 +185,7 @@ def write_index(uri: str, num_shards: int, meta: Meta, not_in: Sequence[VideoSto
     is in the eval split. Episodes without a digest are all listed. Memory is bounded (columns.first_of_each).
     """
     with columns.writing() as every:
-        for shard in range(num_shards):
-            manifest = read_manifest(uri, shard)
+        for shard, manifest in enumerate(cache.each(uri, partial(read_manifest, uri), range(num_shards))):
             if manifest["episodes"] and manifest["codec"] != meta.get("codec", "zstd"):
                 raise ValueError(f"{uri}/{manifest['name']} is {manifest['codec']}: say so in the index's meta")
             every.add(_rows(manifest, shard))

@@ -51,7 +51,7 @@ def model_card(study: Study, name: str, own: Run, cells: Sequence[Run]) -> str:
         f"{_DRIFT if worlds else ''}"
         "- Latent actions are named by number only; which is which differs from seed to seed.",
         "## Again",
-        f"```sh\n{_command(name, own, cells)}\n```",
+        f"```sh\n{_command(study, name, own, cells)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -103,7 +103,7 @@ def _evaluation(study: Study, params: Mapping[str, str]) -> str:
     return f"{params['evaluation.clips']} clips of {what} that nothing was trained on."
 
 
-def _command(name: str, own: Run, cells: Sequence[Run]) -> str:
+def _command(study: Study, name: str, own: Run, cells: Sequence[Run]) -> str:
     """Makes the study again."""
     preset = own.data.tags["preset"]
     base = {field: str(value) for field, value in get_preset(preset).flat().items()}
@@ -117,7 +117,8 @@ def _command(name: str, own: Run, cells: Sequence[Run]) -> str:
         words += ["--set", f"{field}={plain}"]
     if world := own.data.tags.get(f"{MADE}world"):
         words += ["--model", world]
-    return shlex.join(words)
+    given = " --data URI --labels FILE" if study.video else ""  # which MLflow knows of their steps alone
+    return shlex.join(words) + given
 
 
 def _tag(cell: Run, name: str) -> str:

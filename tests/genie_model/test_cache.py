@@ -210,3 +210,22 @@ def test_the_bound_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GENIE_CACHE_BYTES", "50 GB")
     with pytest.raises(ValueError, match="GENIE_CACHE_BYTES=50 GB is not a number of bytes"):
         cache.limit()
+
+
+def test_a_remote_store_is_asked_for_a_few_files_at_once_and_they_come_in_order() -> None:
+    asked = list[int]()
+
+    def read(number: int) -> int:
+        asked.append(number)
+        time.sleep(0.02 if number % 3 else 0.04)
+        return number
+
+    found = cache.each("memory://files", read, range(64))
+    assert next(found) == 0
+    assert 16 <= len(asked) <= 17, "not all: their results lie in memory"
+    started = time.monotonic()
+    assert list(found) == list(range(1, 64))
+    assert time.monotonic() - started < 64 * 0.02, "as long as one after the other"
+    asked.clear()
+    assert next(cache.each("here", read, range(64))) == 0
+    assert asked == [0]

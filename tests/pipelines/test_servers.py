@@ -7,12 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 from pydantic_settings import CliApp
 
+from pipelines import servers
 from pipelines.local import locked
 from pipelines.servers import free_port, mlflow_server, play_command
 from serving.settings import Settings
@@ -36,6 +40,24 @@ def test_a_server_left_by_a_killed_run_is_taken_over_and_stopped(
         assert url == line.strip()
         assert "MLflow still runs" in capsys.readouterr().out
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_port_that_another_run_is_quicker_to_take_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        ports = iter([other.server_port, free_port(5700, "MLflow")])  # it was free a moment ago
+        monkeypatch.setattr(servers, "free_port", lambda wanted, what: next(ports))
+        with mlflow_server(tmp_path, 5700) as url:
+            assert url != f"http://127.0.0.1:{other.server_port}"
+            assert MlflowClient(url).search_experiments()
+        other.shutdown()
 
 
 def test_a_port_in_use_is_passed_over(capsys: pytest.CaptureFixture[str]) -> None:

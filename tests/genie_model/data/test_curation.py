@@ -94,7 +94,7 @@ def test_frames_are_spread_evenly(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("threshold", "confidence", "kept"),
-    [(0.5, 0, [0.5, 0.6, 0.9]), (0.5, 0.5, [0.9]), (0.95, 0, []), (0, 0.6, [0.1, 0.9])],
+    [(0.5, 0, [0.5, 0.6, 0.9]), (0.5, 0.5, [0.9]), (0.95, 0, []), (0, 0.6, [0.9]), (0, 0, [0.1, 0.4, 0.5, 0.6, 0.9])],
 )
 def test_the_rule_asks_for_prediction_and_confidence(threshold: float, confidence: float, kept: list[float]) -> None:
     part = CONFIG.with_overrides(f"curation.threshold={threshold}", f"curation.confidence={confidence}").curation

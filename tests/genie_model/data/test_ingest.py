@@ -115,6 +115,7 @@ def test_the_card_says_what_is_there(videos, tmp_path, threads):
         for name, title, owner, licence in (
             ("good5.mp4", "A <platformer> speedrun", "ann", '"CC-BY-4.0\n\n# All rights"'),
             ("good4.mp4", "Platformer: all levels", "bob", "CC0"),
+            ("good2.mp4", "Platformer: all levels", "cid", "CC0"),
             ("good3.mp4", "Platformer: the movie", "bob", "CC0"),
             ("gone.mp4", "Platformer: all levels", "bob", "CC0"),
         )
@@ -123,10 +124,10 @@ def test_the_card_says_what_is_there(videos, tmp_path, threads):
     config = CONFIG.with_overrides("ingest.keywords=platformers")
     data_uri = ingest(config, f"{tmp_path}/list.csv", str(tmp_path))
     found = json.loads((Path(data_uri) / "report.json").read_text())
-    assert found["clips"] == 11
-    assert found["hours"] == pytest.approx(11 * 1.6 / 3600)
+    assert found["clips"] == 14
+    assert found["hours"] == pytest.approx(14 * 1.6 / 3600)
     assert found["rejected"] == {"missing": 1, "keywords": 1}
-    assert found["owners"] == {"ann": 1, "bob": 1}
+    assert found["owners"] == {"ann": 1, "bob": 1, "cid": 1}
     card, page = (Path(data_uri, name).read_text() for name in ("card.md", "card.html"))
     for text in (card, page):
         assert "CC-BY-4.0 # All rights" in text
@@ -135,6 +136,10 @@ def test_the_card_says_what_is_there(videos, tmp_path, threads):
     assert "<img" in page
     assert Path(data_uri, "contact_sheet.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(Path(data_uri).rglob("truth*"))
+    opt_out(data_uri, ["owner:bob"])
+    ingest(config, f"{tmp_path}/list.csv", str(tmp_path))
+    assert "bob" not in Path(data_uri, "card.md").read_text()
+    assert json.loads((Path(data_uri) / "report.json").read_text())["rejected"]["opted out"] == 1
 
 
 def test_a_length_that_is_no_multiple_of_a_frame_s(videos, tmp_path, threads):

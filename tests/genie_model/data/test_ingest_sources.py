@@ -93,6 +93,9 @@ def test_what_is_no_source(tmp_path):
     (tmp_path / "list.csv").write_bytes(b"path\n\xff\xfe.mp4\n")
     with pytest.raises(ValueError, match="is no CSV in UTF-8"):
         list(videos_at(f"{tmp_path}/list.csv"))
+    (tmp_path / "list.parquet").write_bytes(b"no Parquet")
+    with pytest.raises(ValueError, match=r"list\.parquet is no Parquet file"):
+        list(videos_at(f"{tmp_path}/list.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,7 @@ def test_what_is_no_source(tmp_path):
     [
         ("My favourite Platformer - level 3", "", ""),
         ("A 2D  PLATFORMER", "my first speedrun", ""),
+        ("Let\N{RIGHT SINGLE QUOTATION MARK}s play a platformer", "", ""),
         ("Cooking rice", "a walkthrough", "no word of the genre"),
         ("Platformerish playthrough", "", "no word of the genre"),
         ("A platformer", "talk about games", "has an action word"),

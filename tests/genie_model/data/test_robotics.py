@@ -252,9 +252,10 @@ def test_files_that_are_no_tfrecords_and_a_folder_of_versions_are_one_clear_erro
     info.write_text(json.dumps({"fileFormat": "array_record"}))
     with pytest.raises(ValueError, match="holds array_record files: only RLDS in TFRecord"):
         videos_at(uri)
-    info.write_text("{")
-    with pytest.raises(ValueError, match=r"dataset_info\.json is broken"):
-        videos_at(uri)
+    for text in ("{", "[]"):
+        info.write_text(text)
+        with pytest.raises(ValueError, match=r"dataset_info\.json is broken"):
+            videos_at(uri)
 
 
 # ---- LeRobot

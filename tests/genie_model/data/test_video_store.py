@@ -7,6 +7,7 @@ import io
 import shutil
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,14 @@ def test_a_view_holds_what_is_kept_and_copies_nothing(data_uri: str) -> None:
     files.write_atomic(f"{again.uri}/{column}", b"")
     with pytest.raises(ValueError, match=r"/number-.*\.bin is missing or damaged: delete .* and run curate again"):
         VideoStore.open(again.uri)
+
+
+def test_who_makes_the_same_view_at_once_finds_it_whole(data_uri: str) -> None:
+    store = VideoStore.open(f"{data_uri}/train")
+    with ThreadPoolExecutor(8) as pool:
+        views = list(pool.map(lambda _: view_of(store, 1, 4, 5), range(24)))
+    assert all(numbers(view) == [1, 4, 5] for view in views)
+    assert not [name for name in files.names(views[0].uri) if name.startswith(".")]
 
 
 def test_a_view_moves_with_its_origin(tmp_path: Path) -> None:
