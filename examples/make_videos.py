@@ -22,6 +22,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -373,7 +374,9 @@ def label(folder: Path, data_uri: str, labels_uri: str, count: int, seed: int, g
 
 
 def _kinds(made: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> set[str]:
-    """What a clip shows."""
+    """What a clip shows. Raises ValueError for one of other videos."""
+    if about.get("source") not in made:
+        raise ValueError("the data set has clips of other videos: name the folder that it was ingested from")
     scenes, start = made[about["source"]], about["start_seconds"]
     ends = list(itertools.accumulate(scene["seconds"] for scene in scenes))
     shown = zip(scenes, [0, *ends], ends, strict=False)
@@ -396,10 +399,13 @@ def main() -> None:
     command.add_argument("--count", type=int, default=100, help="at most so many clips (default: 100)")
     command.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.command == "make":
-        make_all(args.folder, args.scale, args.seed, args.workers)
-    else:
-        label(args.folder, args.data, args.labels, args.count, args.seed, args.good)
+    try:
+        if args.command == "make":
+            make_all(args.folder, args.scale, args.seed, args.workers)
+        else:
+            label(args.folder, args.data, args.labels, args.count, args.seed, args.good)
+    except (ValueError, OSError) as error:
+        sys.exit(f"make_videos: {error}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -118,6 +119,5 @@ def load_weights(module: nn.Module, uri: str, within: str = "") -> None:
     except (SafetensorError, struct.error) as error:
         raise ValueError(f"the weights at {uri} are broken ({error}): delete the folder and run again") from None
     except RuntimeError as error:
-        raise ValueError(
-            f"the weights at {uri} do not fit their config: {str(error).splitlines()[-1].strip()}"
-        ) from None
+        why = str(error).splitlines()[-1].strip()  # of another kind of model it names every tensor
+        raise ValueError(f"the weights at {uri} do not fit their config: {textwrap.shorten(why, 300)}") from None

@@ -68,3 +68,21 @@ def test_odd_files_are_as_odd_as_they_say(tmp_path: Path) -> None:
     assert (tmp_path / "again, by another.mp4").read_bytes() == (tmp_path / "some.mp4").read_bytes()
     make(recording("missing"), str(tmp_path))
     assert not (tmp_path / "some.mp4").exists()
+
+
+def test_labels_of_other_videos_are_refused_in_a_line(
+    tiny_data_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: str) -> str:
+        monkeypatch.setattr(
+            "sys.argv", ["make_videos.py", "label", str(tmp_path), *arguments, str(tmp_path / "to.json")]
+        )
+        with pytest.raises(SystemExit) as ended:
+            make_videos.main()
+        return str(ended.value)
+
+    assert "there is no data set at nowhere" in refused("nowhere")
+    assert "No such file" in refused(tiny_data_uri)
+    (tmp_path / "made.json").write_text("{}")
+    assert refused(tiny_data_uri).startswith("make_videos: the data set has clips of other videos")
+    assert not (tmp_path / "to.json").exists()

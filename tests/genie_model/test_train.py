@@ -177,6 +177,11 @@ def test_broken_models_say_so(tmp_path: Path) -> None:
     (tmp_path / "model/config.json").write_text(CONFIG.with_overrides("tokenizer.codebook.num_codes=8").to_json())
     with pytest.raises(ValueError, match="do not fit their config"):
         load_model(uri)
+    genie = Genie(CONFIG)
+    save_model(uri, genie, genie.lam)
+    with pytest.raises(ValueError, match="do not fit their config") as refused:
+        load_model(uri)
+    assert len(str(refused.value)) < len(uri) + 400, "not every tensor's name"
 
 
 def test_a_full_disk_is_one_clear_line_and_keeps_what_was_there(
