@@ -41,7 +41,7 @@ def train_policy(
     fit.
     """
     store = VideoStore.open(demonstrations_uri)
-    _check_frames(config.frame_shape, store, "data.frame_height and data.frame_width say")
+    store.check_frames(config.frame_shape, "data.frame_width and data.frame_height say")
     episodes = range(store.num_episodes)
     if model_uri:
         genie = checkpoint.load_model(model_uri)
@@ -77,7 +77,7 @@ def latent_actions(genie: Genie, store: VideoStore, episodes: Sequence[int]) -> 
     causal, an episode shorter than a window is one window of its own length. Raises ValueError for frames of a size
     that the model does not know.
     """
-    _check_frames(genie.config.frame_shape, store, "the world model was trained on")
+    store.check_frames(genie.config.frame_shape, "the world model was trained on")
     window, found = genie.config.data.clip_length, []
     for episode in bar(episodes, desc="label with latent actions", unit="episode"):
         length = int(store.episode_lengths[episode])
@@ -179,9 +179,3 @@ def evaluate_policies(
     shown = ", ".join(f"{name.removeprefix('solved_')} {share:.0%}" for name, share in found.items())
     summary("evaluate-policies", f"{part.eval_levels} held-out {part.mode} levels: {shown}")
     return found
-
-
-def _check_frames(shape: tuple[int, int, int], store: VideoStore, said: str) -> None:
-    if list(shape) != store.meta["frame_shape"]:
-        height, width, _ = store.meta["frame_shape"]
-        raise ValueError(f"{store.uri} has frames of {height} x {width}, and {said} {shape[0]} x {shape[1]}")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from fsspec.core import url_to_fs
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from genie_model import files, metrics, pictures
 from genie_model.checkpoint import load_model
@@ -63,6 +63,8 @@ class Prompts:
             try:
                 picture = Image.open(io.BytesIO(found[name]), formats=FORMATS)
                 frames.append(frame_of(picture, height, width, aspect))
+            except UnidentifiedImageError:
+                raise ValueError(f"{images_uri}/{name} is no picture that can be read: repair or remove it") from None
             except Exception as error:  # decoders raise anything on broken data
                 raise ValueError(f"{images_uri}/{name} cannot be read: repair or remove it ({error})") from None
         kinds = [re.sub(r"[^\w.-]", "_", name.rpartition("/")[0]) for name in names]  # as MLflow takes names

@@ -51,6 +51,7 @@ TRAINER_CODE = (
 )
 _TOKENIZER_CODE = (*TRAINER_CODE, "quantizer.py", "tokenizer.py")
 _GENIE_CODE = (*_TOKENIZER_CODE, "dynamics.py", "genie.py", "lam.py", "tokens.py")
+_SIZE = "data.frame_width and data.frame_height say"
 _WATCHING = ("log_every", "checkpoint_every", "stall_seconds")  # how often training is looked at, not what it ends in
 
 
@@ -64,6 +65,7 @@ def train_tokenizer(
     where one that is `only_find` is not there.
     """
     store = VideoStore.open(f"{data_uri}/train")
+    store.check_frames(config.frame_shape, _SIZE)
     name = model_name(
         "tokenizer", store.digest, config, ("data", "tokenizer", "train_tokenizer", "seed"), _TOKENIZER_CODE
     )
@@ -82,6 +84,7 @@ def train_world(config: Config, data_uri: str, tokenizer_uri: str, root_uri: str
     depend on. The rest, `sampling` first of all, is for the caller to take from `config`.
     """
     store = VideoStore.open(f"{data_uri}/train")
+    store.check_frames(config.frame_shape, _SIZE)
     tokenizer = checkpoint.load_tokenizer(tokenizer_uri)
     if tokenizer.config != config.tokenizer:
         raise ValueError(f"the tokenizer at {tokenizer_uri} was trained with another tokenizer config: train it anew")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,9 +40,15 @@ class HeldOut:
     episodes: list[Episode]
 
     @classmethod
-    def open(cls, uri: str, most: int) -> HeldOut:
-        """All recorded episodes, with their truth; of ordinary video at most so many clips, spread over its sources."""
+    def open(cls, uri: str, most: int, drawn: Sequence[int] = ()) -> HeldOut:
+        """All recorded episodes, with their truth; of ordinary video at most so many clips, spread over its sources.
+
+        `drawn` is the shape of the frames (H, W, C) that they are to be compared with, if any. Raises ValueError where
+        theirs is another, or no data set is.
+        """
         store = VideoStore.open(uri)
+        if drawn:
+            store.check_frames(drawn, "the model draws")
         truth = PrivilegedTruth(store)
         if truth.is_known:
             episodes = [_recorded(store, truth, number) for number in range(store.num_episodes)]

@@ -107,6 +107,12 @@ class VideoStore:
                     raise ValueError(f"{store._uri_of(shard)} {found}: run {store._maker} again, it remakes only that")
         return store
 
+    def check_frames(self, shape: Sequence[int], said: str) -> None:
+        """Raises ValueError where its frames are not of that shape (H, W, C), which is what `said` says."""
+        has, wanted = ("x".join(map(str, size[1::-1])) for size in (self.meta["frame_shape"], shape))
+        if has != wanted:
+            raise ValueError(f"{self.uri} has frames of {has}, and {said} {wanted}: name a data set of that size")
+
     @property
     def split(self) -> str:
         return self.meta["split"]

@@ -246,7 +246,7 @@ def _measured(client: MlflowClient, name: str, version: Any, data_uri: str, conf
             f"version {version.version} draws {drawn[1]} x {drawn[0]} pixels, the config says {wanted[1]} x {wanted[0]}"
         )
     asked = {"data": config.data, "evaluation": config.evaluation, "seed": config.seed}
-    held_out = HeldOut.open(f"{data_uri}/eval", config.evaluation.clips)
+    held_out = HeldOut.open(f"{data_uri}/eval", config.evaluation.clips, drawn)
     return measure(genie.config.model_copy(update=asked), genie, held_out)
 
 

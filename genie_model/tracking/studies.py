@@ -85,13 +85,14 @@ def report(name: str, client: MlflowClient, run_id: str) -> Reported:
     for run in client.search_runs([own.info.experiment_id], below, order_by=["attributes.start_time"]):
         newest[run.data.tags["variant"], int(run.data.tags["seed"])] = run
     found = dict[str, list[dict[str, float]]]()
-    finished, unfinished, commits = [], [], set[str]()
+    finished, unfinished, commits, measured_on = [], [], set[str](), set[str]()
     for variant, seed in _planned(own):
         found.setdefault(variant, [])
         cell = newest.get((variant, seed))
         if cell and cell.info.status == "FINISHED":
             finished.append(cell)
             found[variant].append(cell.data.metrics)
+            measured_on.add(cell.data.tags.get("dataset.eval.digest", "unknown"))
             commits.add(cell.data.tags.get("mlflow.source.git.commit", "unknown"))
         else:
             status = cell.info.status.lower() if cell else "never started"
@@ -108,6 +109,8 @@ def report(name: str, client: MlflowClient, run_id: str) -> Reported:
         notes.append(f"Not finished: {'; '.join(unfinished)}. The same run again makes them.")
     if len(commits) > 1:
         notes.append(f"Cells were made by different code: {', '.join(sorted(c[:8] for c in commits))}.")
+    if len(measured_on) > 1:
+        notes.append("Cells were measured on different held-out videos, and do not compare: name one with all seeds.")
     comparison = compare(study(name), found, notes, Counter(variant for variant, _ in _planned(own)))
     return Reported(comparison, model_card(study(name), name, own, finished), unfinished)
 

@@ -247,7 +247,7 @@ def test_what_cannot_be_is_refused_with_what_can(
         train_policy(CONFIG, f"{root}/nowhere", root)
     with pytest.raises(ValueError, match="no model at"):
         train_policy(CONFIG, demonstrations, root, f"{root}/nowhere")
-    with pytest.raises(ValueError, match=r"frames of 64 x 64, and data\.frame_height .* say 32 x 64"):
+    with pytest.raises(ValueError, match=r"frames of 64x64, and data\.frame_width .* say 64x32"):
         train_policy(CONFIG.with_overrides("data.frame_height=32"), demonstrations, root)
     with pytest.raises(ValueError, match=r"no episode .* has 31 frames, the longest has 30"):
         train_policy(CONFIG.with_overrides("policy.context=30"), coloured.uri, root)

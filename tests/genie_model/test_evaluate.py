@@ -273,6 +273,9 @@ def test_missing_model_or_data_is_one_clear_error(real, tmp_path):
         evaluate(CONFIG, f"{tmp_path}/nothing", data_uri)
     with pytest.raises(ValueError, match="collect"):
         evaluate(CONFIG, model_uri, f"{tmp_path}/nothing")
+    save_model(f"{tmp_path}/larger", Genie(CONFIG.with_overrides("data.frame_height=128", "data.frame_width=128")))
+    with pytest.raises(ValueError, match="eval has frames of 64x64, and the model draws 128x128"):
+        evaluate(CONFIG, f"{tmp_path}/larger", data_uri)
 
 
 def test_a_displacement_s_change_is_from_the_one_before_it_also_across_windows() -> None:

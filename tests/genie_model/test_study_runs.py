@@ -183,6 +183,20 @@ def test_a_cell_that_is_run_again_tells_the_code_that_ran_last(
     assert "commit bbbbbbbb," in report("lam_inputs", client, study_id).card
 
 
+def test_cells_that_were_measured_on_different_videos_are_said_to(client: MlflowClient) -> None:
+    cells = planned([0])
+    for cell in cells:
+        run_cell(cell, 1.0)
+    assert "do not compare" not in reported()
+    study_id = cells[0]["study"]["run"]
+    below = client.search_runs(
+        [client.get_run(study_id).info.experiment_id], f"tags.`mlflow.parentRunId` = '{study_id}'"
+    )
+    for cell in (run for run in below if "variant" in run.data.tags):
+        client.set_tag(cell.info.run_id, "dataset.eval.digest", cell.data.tags["variant"])
+    assert "Cells were measured on different held-out videos, and do not compare" in reported()
+
+
 def test_a_study_that_is_not_there_is_named(client: MlflowClient) -> None:
     with pytest.raises(ValueError, match="no experiment 'studies'"):
         newest_study("lam_inputs", client, "studies")

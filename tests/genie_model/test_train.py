@@ -97,6 +97,13 @@ def test_both_stages_finish_are_reused_and_keep_the_tokenizer(
     assert capsys.readouterr().out.count("reused") == 2
 
 
+def test_data_of_another_frame_size_is_refused(data_uri: str, tmp_path: Path) -> None:
+    larger = CONFIG.with_overrides("data.frame_height=128", "data.frame_width=128")
+    refusal = r"train has frames of 64x64, and data\.frame_width and data\.frame_height say 128x128: name a data set"
+    with pytest.raises(ValueError, match=refusal):
+        train_tokenizer(larger, data_uri, str(tmp_path))
+
+
 def test_a_tokenizer_of_another_config_is_refused(data_uri: str, tmp_path: Path) -> None:
     tokenizer_uri = train_tokenizer(CONFIG, data_uri, str(tmp_path))
     other = CONFIG.with_overrides("tokenizer.codebook.num_codes=8")
