@@ -178,9 +178,10 @@ def _write_package(args: argparse.Namespace, output: Path, wants_root: bool = Fa
         raise ValueError(
             f"{args.command} needs --root, a URI that the cluster's steps can read and write, e.g. gs://bucket/genie"
         )
-    if root_uri and "://" not in root_uri:
-        raise ValueError(f"--root {root_uri} is a folder of this machine: name a URI, e.g. gs://bucket/genie")
     given = values(args, root_uri) | {"tracking_uri": args.tracking_uri}
+    for name in ("root", "source", "labels", "prompts", "data", "eval", "model"):
+        if (uri := given.get(f"{name}_uri")) and "://" not in uri:
+            raise ValueError(f"--{name} {uri} is a path of this machine: name a URI, e.g. gs://bucket/genie")
     pipeline = pipeline_named(args.pipeline, cluster)
     if unpinned := cluster.unpinned():
         say(f"no registry has {', '.join(unpinned)} yet: `make images PUSH=1` builds them and writes {cluster.images}")

@@ -116,7 +116,11 @@ def test_the_champion_s_check_fails_loudly_and_keeps_its_figures(
         (["compile", "coinrun", "--model-name", "other"], "--model-name is for what looks into the registry"),
         (["run", "video", "--labels", "labels.json"], "video needs --source, where the videos lie"),
         (["compile", "coinrun", "--known-levels"], "--known-levels is for champion"),
-        (["compile", "coinrun", "--root", "here"], "--root here is a folder of this machine: name a URI"),
+        (["compile", "coinrun", "--root", "here"], "--root here is a path of this machine: name a URI"),
+        (
+            ["compile", "video", "--source", "gs://b/v", "--labels", "a.json"],
+            "--labels a.json is a path of this machine",
+        ),
         (["compile", "coinrun", "--cluster", "nowhere.toml"], "nowhere.toml is no cluster's description"),
         (["compile", "lam_inputs", "--preset", "tiny", "--variant", "pixel"], "did you mean 'pixels'"),
         (["rollback"], "there is no MLflow store at"),
