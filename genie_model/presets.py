@@ -73,7 +73,6 @@ def _video() -> Config:
         "ingest.eval_share=0.2",
         "ingest.clips_per_shard=32",
         "curation.frames=2",
-        "curation.width=16",
         "curation.steps=200",
         "curation.batch_size=16",
         "train_tokenizer.steps=500",

@@ -265,9 +265,9 @@ def test_a_tokenizer_of_squares_starts_by_showing_them() -> None:
         tokenizer.patch_out.weight.zero_()
         ramp = torch.linspace(0, 1, 64)
         x_BTHWC = torch.stack([ramp[:, None].expand(64, 64), ramp.expand(64, 64), torch.full((64, 64), 0.3)], -1)
-        shown = tokenizer._decode(tokenizer._encode(x_BTHWC[None, None]))[0, 0]
+        shown = tokenizer.decode_latents(tokenizer._encode(x_BTHWC[None, None]))[0, 0]
         checkers = (torch.arange(64)[:, None] + torch.arange(64)).remainder(2).float()[..., None].expand(64, 64, 3)
-        blurred = tokenizer._decode(tokenizer._encode(checkers[None, None]))[0, 0]
+        blurred = tokenizer.decode_latents(tokenizer._encode(checkers[None, None]))[0, 0]
     torch.testing.assert_close(shown, x_BTHWC, atol=0.02, rtol=0)
     torch.testing.assert_close(blurred, torch.full_like(checkers, 0.5), atol=0.1, rtol=0)
 
