@@ -12,7 +12,7 @@ from typing import Any
 from genie_model.config import Config
 from genie_model.presets import get_preset
 from pipelines.arguments import parser, values
-from pipelines.catalog import pipeline_named
+from pipelines.catalog import own_preset, pipeline_named
 from pipelines.local import PipelineError, interrupt_on_signals, locked, run_locally, say
 
 
@@ -20,6 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 2 for a wrong argument, 1 for a failure, 130 for Ctrl-C; each after one line."""
     args = parser(__doc__).parse_args(arguments)
     try:
+        if "preset" in args and args.preset is None:
+            args.preset = own_preset(args.pipeline)
         config = get_preset(getattr(args, "preset", "tiny")).with_overrides(*getattr(args, "set", []))
     except ValueError as error:
         return _refuse(str(error), 2)

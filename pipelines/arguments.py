@@ -28,8 +28,8 @@ def parser(description: str) -> argparse.ArgumentParser:
             command.set_defaults(pipeline="coinrun")
         else:
             _add_pipeline(command)
-        preset = "demo" if name == "demo" else "coinrun"
-        command.add_argument("--preset", default=preset, help=f"one of {', '.join(preset_names())} (default: {preset})")
+        preset, own = ("demo", "demo") if name == "demo" else (None, "the pipeline's own, as coinrun")
+        command.add_argument("--preset", default=preset, help=f"one of {', '.join(preset_names())} (default: {own})")
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a config field")
         command.add_argument("--root", help="where data sets and models lie, e.g. gs://bucket/genie")
         _add_experiment(command)

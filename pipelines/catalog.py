@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from genie_model.presets import preset_names
@@ -15,6 +16,12 @@ UPKEEP = ("champion", "promotion", "rollback")  # of the registry
 PIPELINES = ("coinrun", "video", "decoder", *STUDIES, *UPKEEP)
 
 
+def own_preset(name: str) -> str:
+    """Which preset a pipeline takes where none is named: the one in its form."""
+    preset = inspect.signature(_function(name)).parameters.get("preset")
+    return str(preset.default) if preset else "coinrun"
+
+
 def pipeline_named(name: str, cluster: Cluster | None = None) -> Any:
     """What kfp compiles for that cluster; for none, what it runs on this machine.
 
@@ -25,10 +32,13 @@ def pipeline_named(name: str, cluster: Cluster | None = None) -> Any:
 
     from pipelines.placement import placed_on
 
-    function = getattr(importlib.import_module(f"pipelines.{name}"), name)
     with placed_on(cluster):
-        pipeline = dsl.pipeline(function, name=f"genie-{name.replace('_', '-')}")
+        pipeline = dsl.pipeline(_function(name), name=f"genie-{name.replace('_', '-')}")
     form = pipeline.pipeline_spec.root.input_definitions.parameters
     if "preset" in form:
         form["preset"].description += f" All: {', '.join(preset_names())}."
     return pipeline
+
+
+def _function(name: str) -> Any:
+    return getattr(importlib.import_module(f"pipelines.{name}"), name)

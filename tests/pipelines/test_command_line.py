@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.catalog import own_preset
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -83,3 +85,13 @@ def test_run_says_that_no_tracking_server_answers(tmp_path: Path) -> None:
     assert "[collect] error: no MLflow server answers at http://127.0.0.1:9" in done.stdout
     assert done.stderr.startswith("pipelines: step 'collect' failed")
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_pipeline_takes_its_own_preset_where_none_is_named(tmp_path: Path) -> None:
+    done = pipelines("compile", "video", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    form = next(yaml.safe_load_all((tmp_path / "build" / "video.yaml").read_text()))["root"]["inputDefinitions"][
+        "parameters"
+    ]
+    assert form["preset"]["defaultValue"] == own_preset("video") == "platformers_404m"
+    assert own_preset("coinrun") == own_preset("rollback") == "coinrun"
