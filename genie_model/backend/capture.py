@@ -31,7 +31,7 @@ class CapturedGradients:
         if next(self._steps) < _LAUNCHED:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                loss, logs = self._run(inputs, chance)
+                loss, logs = native.gradients(self._module, inputs, chance, self._precision)
             torch.cuda.current_stream().wait_stream(self._stream)
             return loss, logs
         if self._graph is None:
@@ -50,11 +50,6 @@ class CapturedGradients:
         self._module.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._loss, self._logs = self._run(self._inputs[:count], Chance(*self._inputs[count:]))
+            own, chance = self._inputs[:count], Chance(*self._inputs[count:])
+            self._loss, self._logs = native.gradients(self._module, own, chance, self._precision)
         self._gradients = [(p, p.grad) for p in self._module.parameters() if p.grad is not None]
-
-    def _run(self, inputs: list[Tensor], chance: Chance) -> tuple[Tensor, dict[str, Tensor]]:
-        with native.autocast(self._precision):
-            loss, logs = self._module(*inputs, chance=chance)
-        loss.backward()
-        return loss.detach(), logs

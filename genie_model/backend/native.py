@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+
+from genie_model.chance import Chance
 
 
 def device() -> torch.device:
@@ -31,6 +33,16 @@ def autocast(precision: str) -> contextlib.AbstractContextManager[None]:
         device().type, torch.bfloat16, enabled=precision == "bf16"
     )
     return context
+
+
+def gradients(
+    module: nn.Module, inputs: list[Tensor], chance: Chance, precision: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A training step's loss and logs; its gradients are then in the parameters."""
+    with autocast(precision):
+        loss, logs = module(*inputs, chance=chance)
+    loss.backward()
+    return loss.detach(), logs
 
 
 def to_unit_frames(batch_BTHWC: NDArray[np.uint8]) -> Tensor:

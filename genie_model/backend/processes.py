@@ -83,10 +83,7 @@ class Native:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self._captured:
             return self._captured(inputs, chance)
-        with native.autocast(precision):
-            loss, logs = module(*inputs, chance=chance)
-        loss.backward()
-        return loss.detach(), logs
+        return native.gradients(module, inputs, chance, precision)
 
     def state(self, uri: str) -> TrainingState:
         return TrainingState(uri)
