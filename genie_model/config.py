@@ -151,7 +151,11 @@ class SamplingConfig(ConfigNode):
 
     maskgit_steps: int = Field(25, ge=1)
     precision: Literal["bf16", "fp32"] = Field("fp32", description="of play's matmuls; training has its own")
-    compile: bool = Field(False, description="on CUDA: frames in two thirds of the time, the first ones after a while")
+    compile: bool = Field(
+        False,
+        description="on CUDA: frames in two thirds of the time, the first ones after a while; on a CPU: in half of it, "
+        "best with precision=bf16, once a C++ compiler has worked for half a minute for all models of a shape",
+    )
     choice: Literal["draw", "mean"] = Field(
         "draw", description="of a token: drawn at random, or the code nearest to the mean of the codes' vectors"
     )

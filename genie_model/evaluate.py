@@ -33,6 +33,7 @@ from genie_model.video_features import I3DFeatures, Random3DFeatures
 
 _BATCH = 16  # clips at a time
 _CODE = (  # what decides the figures of given weights
+    "backend/compiled.py",
     "backend/graphs.py",
     "backend/native.py",
     "beside_truth.py",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genie_model.backend.compiled import CompiledFrame
 from genie_model.genie import Genie
 from genie_model.layers import TemporalCache, Time
 
@@ -19,9 +20,15 @@ _KEPT = 64  # graphs; of more, those not used for longest are forgotten
 
 
 def prepare_play(genie: Genie) -> None:
-    """Of a model that lies where it is to be played."""
+    """Of a model that lies where it is to be played. Raises ValueError where `sampling.compile` cannot be."""
+    sampling = genie.config.sampling
     if genie.device.type == "cuda":
         genie.launch = GraphLauncher(genie)
+    elif sampling.compile:
+        patches = genie.tokenizer.num_patches
+        tokens = patches + (genie.config.dynamics.action == "token")
+        for part, rows in ((genie.dynamics.transformer, tokens), (genie.tokenizer.decoder, patches)):
+            part.through = CompiledFrame(part, rows, sampling.precision)  # type: ignore[method-assign]
 
 
 class GraphLauncher:

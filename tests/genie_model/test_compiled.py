@@ -1,0 +1,76 @@
+"""Play compiled on a CPU is the eager one's up to rounding, and each world's bits are its own."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor import config as inductor
+
+from genie_model.backend.graphs import prepare_play
+from genie_model.genie import Genie, PlayState
+from genie_model.presets import get_preset
+
+CONFIG = get_preset("tiny").with_overrides("sampling.maskgit_steps=3", "sampling.compile=true")
+
+
+def model() -> Genie:
+    torch.manual_seed(0)
+    return Genie(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Genie:
+    """Compiled once, for its two transformers are alike."""
+    if not shutil.which("g++"):
+        pytest.skip("no g++ here to compile with")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GENIE_CACHE_DIR", str(folder := tmp_path_factory.mktemp("cache")))
+        genie = model()
+        prepare_play(genie)
+        assert len(list((folder / "compiled").iterdir())) == 1
+        with inductor.patch({"cpp.cxx": ("no-compiler",)}):
+            prepare_play(model())  # from then on, no compiler is needed
+    return genie
+
+
+def play(genie: Genie, state: PlayState, steps: int = 3) -> list[Tensor]:
+    frames = [genie.step(state, torch.full((len(state.seeds),), step % 4)) for step in range(steps)]
+    genie.remember(state)
+    return [*frames, state.codes_BNC]
+
+
+def test_a_compiled_world_is_the_eager_one_and_the_same_alone_beside_others_and_after_a_pause(compiled: Genie) -> None:
+    frames = torch.randint(0, 256, (2, 3, 64, 64, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    eager = model()
+    seen = {}
+    for genie in (eager, compiled):
+        old, young = genie.start(frames[:1, :1], seed=3), genie.start(frames[1:], seed=4)
+        first = play(genie, old, CONFIG.data.clip_length + 1)  # its rings are full then, those of the other are not
+        alone = [play(genie, state.fork()) for state in (old, young)]
+        together = play(genie, PlayState.stack([old, young]))
+        seen[genie] = [*first, *together]
+        if genie is compiled:
+            for both, of_old, of_young in zip(together, *alone, strict=True):
+                assert torch.equal(both, torch.cat([of_old, of_young]))
+    for a, b in zip(*seen.values(), strict=True):
+        assert (a.float() - b.float()).abs().max() <= 1  # of 255
+
+    state, codes = compiled.start(frames[:1, :1], seed=3), []
+    codes.append(state.codes_BNC)
+    for _ in range(3):
+        compiled.step(state, torch.tensor([1]))
+        codes.append(state.codes_BNC)
+    left = compiled.resume(torch.stack(codes, 1), torch.tensor([[-1, 1, 1, 1]]), [3], [4])
+    assert torch.equal(compiled.step(left, torch.tensor([2])), compiled.step(state, torch.tensor([2])))
+    compiled.remember(left)
+    compiled.remember(state)
+    for kept, again in zip(state.dynamics.rings.values(), left.dynamics.rings.values(), strict=True):
+        assert all(map(torch.equal, kept, again))
+
+
+def test_without_a_compiler_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GENIE_CACHE_DIR", str(tmp_path))
+    with inductor.patch({"cpp.cxx": ("no-compiler",)}), pytest.raises(ValueError, match=r"install g\+\+"):
+        prepare_play(model())
