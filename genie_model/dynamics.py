@@ -190,7 +190,11 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """(..., V) -> (...): the code at which the cumulated probability passes a uniform number in [0, 1)."""
     cumulated = probs.cumsum(-1)
     passed = (cumulated[..., -1] * uniform)[..., None]
-    return (cumulated <= passed).sum(-1).clamp_max(probs.shape[-1] - 1)  # searchsorted, which XLA does not know
+    if probs.device.type == "xla":  # which knows no searchsorted
+        codes = (cumulated <= passed).sum(-1)
+    else:
+        codes = torch.searchsorted(cumulated, passed, right=True)[..., 0]
+    return codes.clamp_max(probs.shape[-1] - 1)
 
 
 def nearest_to_mean(probs: Tensor, codebook_VL: Tensor) -> tuple[Tensor, Tensor]:

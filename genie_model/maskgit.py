@@ -55,9 +55,9 @@ def sample_frame(
         if config.choice == "mean":
             sampled, confidence = nearest_to_mean(logits.softmax(-1), codebook_VL)
         else:
-            log_probs = logits.log_softmax(-1)
-            sampled = draw(log_probs.exp(), next(chances)[:, None]) if temperature > 0 else log_probs.argmax(-1)
-            confidence = log_probs.gather(-1, sampled[..., None]).squeeze(-1)
+            probs = logits.softmax(-1)
+            sampled = draw(probs, next(chances)[:, None]) if temperature > 0 else logits.argmax(-1)
+            confidence = probs.gather(-1, sampled[..., None]).squeeze(-1).log()
         sampled = torch.where(unknown, sampled, codes)
         masked_next = min(int(tokens * math.cos(progress * math.pi / 2)), tokens - step - 1)
         if masked_next <= 0:  # the last step keeps all
