@@ -33,8 +33,6 @@ class CompiledFrame:
 
     def __init__(self, transformer: STTransformer, patches: int, precision: str) -> None:
         """Takes the weights as they are now. Raises ValueError where a compiler is needed and none is there."""
-        from torch._inductor import aoti_load_package  # takes a while, and only who compiles needs it
-
         self._transformer, self._plain = transformer, transformer.through
         x_11ND, cache = torch.zeros(1, 1, patches, transformer.config.d_model), TemporalCache()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -45,12 +43,13 @@ class CompiledFrame:
         path = files.cache_dir() / "compiled" / f"{_name(transformer, patches, precision)}.pt2"
         if not path.exists():
             _compile(look, (x_11ND, *_past(cache, 0)), path)
-        program = aoti_load_package(str(path))
+        # What torch's aoti_load_package wraps: that imports the compiler (3 s), and parses its signature at every call.
+        program = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
         weights = dict(look.named_parameters()) | dict(look.named_buffers())
         # The program reads these in place, so they are kept.
         self._weights = {name: weights[name].detach() for name in program.get_constant_fqns()}
-        program.load_constants(self._weights, check_full_update=True, user_managed=True)
-        self._run = program.loader.boxed_run  # to call the program itself parses its signature every time
+        program.load_constants(self._weights, False, True, True)  # all of them, which the caller keeps
+        self._run = program.boxed_run
 
     def __call__(self, x_BTND: Tensor, cache: TemporalCache | None, commit: bool, sublayers: int) -> Tensor:
         B, T = x_BTND.shape[:2]
