@@ -7,8 +7,8 @@
 # A pip.conf given as the secret `pip` is seen while packages are installed, and not kept.
 #
 # An image is copied together from what other stages made: torch (a layer that images share), the other packages, this
-# code. It holds no compiler, and no pip but one that BASE may have. So torch.compile (sampling.compile, parallel.compile)
-# on a GPU needs an image made FROM one of these, with Debian's gcc, libc6-dev and python3-dev.
+# code. It holds no compiler, and no pip but one that BASE may have. So sampling.compile and parallel.compile need an
+# image made FROM one of these, with Debian's gcc, libc6-dev and python3-dev, and on a CPU g++.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 # ---- What builds, and is not shipped
