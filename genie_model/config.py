@@ -154,7 +154,7 @@ class SamplingConfig(ConfigNode):
     compile: bool = Field(
         False,
         description="on CUDA: frames in two thirds of the time, the first ones after a while; on a CPU: in half of it, "
-        "best with precision=bf16, once a C++ compiler has worked for half a minute for all models of a shape",
+        "best with precision=bf16, once a C++ compiler has worked for a minute for all models of a shape",
     )
     choice: Literal["draw", "mean"] = Field(
         "draw", description="of a token: drawn at random, or the code nearest to the mean of the codes' vectors"
