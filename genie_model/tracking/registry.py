@@ -244,6 +244,8 @@ def _fetch(model_uri: str, folder: Path) -> None:
         if not files.exists(f"{path}/{needed}"):
             raise ValueError(f"{model_uri} is no model folder ({needed} is missing): train it again")
     files.get(f"{path.rstrip('/')}/", str(folder), recursive=True)
+    for left in folder.rglob("*.tmp"):  # by a killed writer
+        left.unlink()
 
 
 def _set_sampling(folder: Path, config: Config) -> None:
