@@ -29,6 +29,7 @@ from genie_model import cache
 
 Reason = Literal[
     "missing",  # no such file, it may not be read, or it is no file but a folder or a device
+    "unreachable",  # its store does not answer, or not to the end
     "empty",  # a file of zero bytes
     "not a video",  # no container of video, or one whose head is broken or missing
     "no picture",  # audio only, or a cover picture
@@ -39,6 +40,7 @@ Reason = Literal[
     "truncated",  # it ends before the time that its head announces
     "corrupt",  # a part of it cannot be decoded
     "crashed",  # its decoder ended the process that ran it
+    "stalled",  # its decoder gave no clip for ingest.stall_seconds
     "too short",  # for one clip
     "keywords",  # the filter's words did not want its title or description
     "opted out",
@@ -170,11 +172,13 @@ class FileVideo(Video):
         except ValueError as error:  # of fsspec, for a kind of store that it does not know
             raise Rejected("missing", str(error)) from None
         except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise Rejected("missing", f"{type(error).__name__}: {error}") from None
+            reason: Reason = "missing" if error.errno == errno.ELOOP else "unreachable"
+            raise Rejected(reason, f"{type(error).__name__}: {error}") from None
         with file:
-            yield from decode(file, framing, note, self.start, self.stop)
+            try:
+                yield from decode(file, framing, note, self.start, self.stop)
+            except OSError as error:
+                raise Rejected("unreachable", f"{type(error).__name__}: {error}") from None
 
 
 def videos_at(source_uri: str) -> Listing:
