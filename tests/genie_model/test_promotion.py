@@ -190,7 +190,7 @@ def test_a_version_is_measured_on_its_own_data_where_no_other_is_named(run: Step
             assert own_data(other, "genie-video") == tiny_data_uri
             register("model", GOOD, "", other, f"of-{pipeline}")
     run.client.set_registered_model_alias("of-decoder", "champion", "1")
-    with pytest.raises(ValueError, match="version 1 of 'of-decoder' does not say .* name it with --data"):
+    with pytest.raises(ValueError, match=r"version 1 of 'of-decoder' does not say .* name it with --data"):
         own_data(run, "of-decoder", alias="champion")
 
 

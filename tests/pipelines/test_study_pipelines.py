@@ -78,6 +78,8 @@ def test_curation_trains_on_each_data_set_and_none_of_it_is_from_a_cache_of_uris
     for name in ("train-tokenizer", "train-world", "evaluate"):
         source = cells[name]["inputs"]["parameters"]["data_uri"]["taskOutputParameter"]
         assert source == {"outputParameterKey": "data_uri", "producerTask": "curate-2"}
+    digest = cells["evaluate"]["inputs"]["parameters"]["eval_digest"]
+    assert 'parseJson(string_value)["eval_digest"]' in digest["parameterExpressionSelector"], "of what is there now"
     assert tasks["report"]["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
 
 
