@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 ROOT = Path(__file__).parents[2]
+Command = Callable[..., Any]  # conftest's
 STUDIES = ("lam_inputs", "tokenizers", "scaling")
 
 
@@ -22,10 +25,8 @@ def pipelines(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_compiles_with_a_typed_form(study: str, tmp_path: Path) -> None:
-    done = pipelines(
-        "compile", study, "--preset", "demo", "--seeds", "3", "4", "--set", "train_world.steps=9", cwd=tmp_path
-    )
+def test_a_study_compiles_with_a_typed_form(study: str, command: Command, tmp_path: Path) -> None:
+    done = command("compile", study, "--preset", "demo", "--seeds", "3", "4", "--set", "train_world.steps=9")
     assert (done.returncode, done.stderr) == (0, "")
     pipeline, _ = yaml.safe_load_all((tmp_path / "build" / f"{study}.yaml").read_text())
     form = pipeline["root"]["inputDefinitions"]["parameters"]
@@ -41,8 +42,8 @@ def test_a_study_compiles_with_a_typed_form(study: str, tmp_path: Path) -> None:
     assert report["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}, "whatever becomes of the cells"
 
 
-def test_cloning_takes_a_world_or_trains_one(tmp_path: Path) -> None:
-    done = pipelines("compile", "cloning", "--model", "gs://bucket/world", "--variant", "hard", cwd=tmp_path)
+def test_cloning_takes_a_world_or_trains_one(command: Command, tmp_path: Path) -> None:
+    done = command("compile", "cloning", "--model", "gs://bucket/world", "--variant", "hard")
     assert (done.returncode, done.stderr) == (0, "")
     pipeline, _ = yaml.safe_load_all((tmp_path / "build" / "cloning.yaml").read_text())
     form = pipeline["root"]["inputDefinitions"]["parameters"]
@@ -59,9 +60,11 @@ def test_cloning_takes_a_world_or_trains_one(tmp_path: Path) -> None:
     assert report["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}, "whatever becomes of the cells"
 
 
-def test_curation_trains_on_each_data_set_and_none_of_it_is_from_a_cache_of_uris(tmp_path: Path) -> None:
+def test_curation_trains_on_each_data_set_and_none_of_it_is_from_a_cache_of_uris(
+    command: Command, tmp_path: Path
+) -> None:
     given = ("--data", "gs://bucket/genie/datasets/video-1", "--labels", "gs://bucket/labels.json")
-    done = pipelines("compile", "curation", *given, "--set", "curation.threshold=0.9", cwd=tmp_path)
+    done = command("compile", "curation", *given, "--set", "curation.threshold=0.9")
     assert (done.returncode, done.stderr) == (0, "")
     pipeline, _ = yaml.safe_load_all((tmp_path / "build" / "curation.yaml").read_text())
     form = pipeline["root"]["inputDefinitions"]["parameters"]
@@ -101,8 +104,8 @@ def test_compiling_a_study_needs_no_torch() -> None:
         (["report", "lam_inputs", "--tracking-uri", "sqlite:///empty.db"], "no experiment 'genie'"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = pipelines(*arguments, cwd=tmp_path)
+def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], message: str, command: Command) -> None:
+    done = command(*arguments)
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
 

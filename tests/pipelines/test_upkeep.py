@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
 from genie_model.tracking import register, step
 
+Command = Callable[..., Any]  # conftest's
 GOOD = {"delta_psnr_t4": 1.0, "delta_psnr_t4_ci95": 0.3, "lam_action_usage": 1.0, "rollout_psnr_t1": 20.0}
 
 
@@ -66,16 +69,16 @@ def test_promotion_tried_done_and_taken_back(store: str, tiny_model_uri: str, ti
     assert aliases(store) == {"champion": "1"}
 
 
-def test_rollback_is_one_command(store: str, tiny_model_uri: str, tiny_data_uri: str) -> None:
+def test_rollback_is_one_command(command: Command, store: str, tiny_model_uri: str, tiny_data_uri: str) -> None:
     registered(tiny_model_uri, tiny_data_uri, {}, {}, champion="2")
     MlflowClient(store).set_registered_model_alias("genie", "previous", "1")
-    tried = pipelines("rollback", "--dry-run")
+    tried = command("rollback", "--dry-run")
     assert (tried.returncode, tried.stderr) == (0, "")
     assert "champion would go from version 2 back to 1" in tried.stdout
     assert aliases(store) == {"champion": "2", "previous": "1"}
-    assert pipelines("rollback", "--tracking-uri", store).returncode == 0
+    assert command("rollback", "--tracking-uri", store).returncode == 0
     assert aliases(store) == {"champion": "1"}
-    again = pipelines("rollback")
+    again = command("rollback")
     assert again.returncode == 1
     assert again.stderr.startswith("pipelines: there is nothing to go back to")
     assert again.stderr.count("\n") == 1
@@ -127,11 +130,10 @@ def test_the_champion_s_check_fails_loudly_and_keeps_its_figures(
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], message: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    done = pipelines(*arguments)
+    done = command(*arguments)
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
