@@ -21,7 +21,7 @@ def check_champion(
 ) -> NamedTuple("Checked", [("held", bool), ("reason", str)]):
     """Measures the champion again, on that data set's held-out video. Returns whether it holds, and why.
 
-    Without a `data_uri` on today's levels of CoinRun, or the registered ones.
+    Without a `data_uri` on the champion's own; one of CoinRun on today's levels, or the registered ones.
     """
     from json import dumps
     from pathlib import Path
@@ -30,10 +30,11 @@ def check_champion(
     from genie_model.metrics import DIRECTIONS
     from genie_model.report import html_page
     from genie_model.tracking import check_champion as check
-    from genie_model.tracking import step
+    from genie_model.tracking import own_data, step
 
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "pipeline": "champion"}
     with step("check-champion", preset, overrides, **where, ends_pipeline=True) as run:
+        data_uri = data_uri or own_data(run, model_name, alias="champion")
         if not data_uri:
             data_uri = collect(of_today(run.config) if fresh else run.config, root_uri, run, splits=("eval",))
         run.dataset(data_uri, splits=("eval",))

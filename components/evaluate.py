@@ -17,6 +17,7 @@ def evaluate(
     confusion: dsl.Output[dsl.ClassificationMetrics],
     data_digest: str = "",
     eval_uri: str = "",
+    eval_digest: str = "",
     study: dict = {},  # noqa: B006 - KFP reads the default, nobody changes it
 ) -> dict:
     """Measures the model on video it never saw: its data set's held-out ones, or those of another data set, `eval_uri`.
@@ -36,7 +37,7 @@ def evaluate(
     with step("evaluate", preset, overrides, **where, ends_pipeline="variant" in study) as run:
         run.dataset(data_uri, expected=data_digest)
         if eval_uri:
-            run.dataset(eval_uri, splits=("eval",))
+            run.dataset(eval_uri, splits=("eval",), expected=eval_digest)
         result = measure(run.config, model_uri, eval_uri or data_uri, run)
         measured = {name: float(value) for name, value in result.metrics.items() if isfinite(value)}
         run.result(measured)

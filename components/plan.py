@@ -17,6 +17,7 @@ def plan(
     data_uri: str = "",
     data_digest: str = "",
     model_uri: str = "",
+    eval_uri: str = "",
 ) -> list:
     """Returns for each cell its overrides and where it belongs; one for each that differs in the `distinct` parts."""
     from genie_model.tracking import plan as plan_cells
@@ -25,6 +26,6 @@ def plan(
     where = {"root_uri": root_uri, "tracking_uri": tracking_uri, "experiment": experiment, "study": study}
     with step("plan", preset, overrides, **where) as run:
         cells = plan_cells(
-            study["name"], preset, overrides, seeds, variants, distinct, data_uri, run, model_uri, data_digest
+            study["name"], preset, overrides, seeds, variants, distinct, data_uri, run, model_uri, data_digest, eval_uri
         )
     return cells

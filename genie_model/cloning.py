@@ -80,7 +80,7 @@ def latent_actions(genie: Genie, store: VideoStore, episodes: Sequence[int]) -> 
     store.check_frames(genie.config.frame_shape, "the world model was trained on")
     window, found = genie.config.data.clip_length, []
     for episode in bar(episodes, desc="label with latent actions", unit="episode"):
-        length = int(store.episode_lengths[episode])
+        length = store.length_of(episode)
         frames_THWC = torch.from_numpy(store.frames(episode, 0, length))
         last = max(length - window, 0)
         starts = [*range(0, last, window - 1), last]

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from genie_model import pictures
 from genie_model.report import html_table, markdown_table, page
@@ -27,7 +26,7 @@ class Spread(NamedTuple):
     def of(cls, values: Sequence[float]) -> Spread:
         if len(values) < 2:
             return cls(float(np.mean(values)), float("nan"))
-        half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+        half = _t975(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
         return cls(float(np.mean(values)), float(half))
 
     def __str__(self) -> str:
@@ -47,8 +46,10 @@ class PowerLaw(NamedTuple):
         """By least squares of the logarithms. Raises ValueError below two sizes."""
         if len(set(x_N)) < 2:
             raise ValueError("a power law needs points at two sizes at least")
+        from scipy import stats  # a second that few need
+
         line = stats.linregress(np.log(x_N), np.log(y_N))
-        half = stats.t.ppf(0.975, len(x_N) - 2) * line.stderr if len(x_N) > 2 else float("nan")
+        half = _t975(len(x_N) - 2) * line.stderr if len(x_N) > 2 else float("nan")
         return cls(float(np.exp(line.intercept)), float(line.slope), float(half))
 
     def __str__(self) -> str:
@@ -138,6 +139,13 @@ def compare(
             notes.append(f"{columns[y]} (y) over {columns[x]} (x), {len(flat)} runs of {sizes} sizes: {law}.")
         drawn["scaling"] = pictures.scatter(pairs, columns[x], columns[y], law and (law.factor, law.exponent))
     return Comparison(f"{study.title} ({study.source})", table, list(study.paper), notes, drawn)
+
+
+def _t975(freedom: int) -> float:
+    """Student's t that 95% of a sample's means are within."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, freedom))
 
 
 def _points(curve: Curve, found: Findings) -> dict[str, int]:

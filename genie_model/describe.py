@@ -33,9 +33,13 @@ def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def training_cost(module: nn.Module, config: Config, batch_size: int, precision: str) -> Cost:
-    """Traces the step of one clip, without the optimizer; a batch costs `batch_size` of them."""
-    inputs = [torch.zeros(1, config.data.clip_length, *config.frame_shape)]
+def training_cost(module: nn.Module, config: Config, batch_size: int, precision: str, scale: int = 1) -> Cost:
+    """Traces the step of one clip, without the optimizer; a batch costs `batch_size` of them.
+
+    Frames are `scale` times as high and wide as the config says.
+    """
+    height, width, channels = config.frame_shape
+    inputs = [torch.zeros(1, config.data.clip_length, scale * height, scale * width, channels)]
     if config.cached_tokens and isinstance(module, Genie):
         shape = (1, config.data.clip_length, module.tokenizer.num_patches, config.tokenizer.codes_per_patch)
         inputs.append(torch.zeros(shape, dtype=torch.long))
@@ -85,17 +89,26 @@ def sizes(config: Config) -> dict[str, float]:
 
 def describe(config: Config) -> str:
     """The tree, and parameters, FLOPs and memory, beside what the paper reports of the preset."""
+    from genie_model.enlarging import Enlarging  # and with it the trainer, which every step need not import
+
     lines = [*_tree(config), ""]
     with FakeTensorMode():
         genie = Genie(config)
         lines += [f"{'part':<20}{'parameters':>12}"]
         lines += [f"{name:<20}{short(num_parameters(part)):>12}" for name, part in genie.named_children()]
-        lines += [f"{'all':<20}{short(num_parameters(genie)):>12}", ""]
+        enlarging, scale = Enlarging(config, genie.tokenizer), config.large_decoder.scale
+        lines += [f"{'all':<20}{short(num_parameters(genie)):>12}"]
+        lines += [
+            f"{'larger decoder':<20}{short(num_parameters(enlarging.decoder)):>12}  beside it, if it is wanted",
+            "",
+        ]
+        genie.tokenizer.requires_grad_(True)  # which Enlarging froze
         titles = ("clips", "tokens", "FLOPs", "all steps", "states", "activations")
         lines += [f"{'training step':<20}" + "".join(f"{title:>12}" for title in titles)]
         lines += [_training_row("tokenizer", genie.tokenizer, config, config.train_tokenizer)]
         genie.tokenizer.requires_grad_(False)
         lines += [_training_row("LAM + dynamics", genie, config, config.train_world)]
+        lines += [_training_row("larger decoder", enlarging, config, config.train_large_decoder, scale)]
         played, dynamics = short(play_flops(genie, config)), num_parameters(genie.dynamics)
     lines += ["FLOPs of a step and of all; bytes of all devices, nothing recomputed in the backward pass", ""]
     steps, history = config.sampling.maskgit_steps, config.data.clip_length - 1
@@ -107,10 +120,10 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _training_row(name: str, module: nn.Module, config: Config, stage: StageConfig) -> str:
+def _training_row(name: str, module: nn.Module, config: Config, stage: StageConfig, scale: int = 1) -> str:
     grid = PatchGrid(config.data.frame_height, config.data.frame_width, config.tokenizer.patch_size)
     tokens = stage.batch_size * config.data.clip_length * grid.num_patches * config.tokenizer.codes_per_patch
-    cost = training_cost(module, config, stage.batch_size, stage.precision)
+    cost = training_cost(module, config, stage.batch_size, stage.precision, scale)
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     states = trained * _STATE_BYTES + (num_parameters(module) - trained) * 4
     shown = (stage.batch_size, tokens, cost.flops, cost.flops * stage.steps, states, cost.activation_bytes)

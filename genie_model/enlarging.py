@@ -42,7 +42,7 @@ class Enlarging(nn.Module):
         with torch.no_grad():
             codes_BTNC = self.tokenizer.encode(shrink(x_BTHWC, self.config.large_decoder.scale))
         error = F.mse_loss(self.decoder.decode(codes_BTNC), x_BTHWC)
-        return error, {"mse": error.detach(), "psnr": -10 * collectives.mean(error.detach()).log10()}
+        return error, {"large/mse": error.detach(), "large/psnr": -10 * collectives.mean(error.detach()).log10()}
 
 
 def shrink(x_BTHWC: Tensor, scale: int) -> Tensor:

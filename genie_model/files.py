@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import uuid
 from pathlib import Path, PurePosixPath
 
 from fsspec.core import url_to_fs
@@ -11,13 +13,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 def write_atomic(uri: str, data: bytes) -> None:
-    """All of the file or none of it. An object store's upload is atomic already; a local file is renamed into place."""
+    """All of the file or none of it, whoever else writes it. An object store's upload is atomic already; a local file
+    is renamed into place. A kill may leave one beside it that ends in .tmp, which nothing reads."""
     fs, path = url_to_fs(uri)
     if not is_local(uri):
         fs.pipe_file(path, data)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.tmp"
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -25,9 +28,15 @@ def write_atomic(uri: str, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if os.path.lexists(temporary):
-            os.remove(temporary)
         raise explained(error, path) from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it has been renamed, unless something went wrong
+            os.remove(temporary)
+
+
+def _temporary(path: str) -> str:
+    """Of this one writer: two hosts that shared it would rename each other's half."""
+    return f"{path}.{uuid.uuid4().hex}.tmp"
 
 
 def is_local(uri: str) -> bool:

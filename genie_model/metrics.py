@@ -16,8 +16,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.cluster import KMeans
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -100,6 +98,8 @@ def psnr(truth: ArrayLike, prediction: ArrayLike) -> Floats:
 
 def ssim(truth: ArrayLike, prediction: ArrayLike) -> Floats:
     """Structural similarity (Wang et al., 2004) of frames (..., H, W, C), uint8 or in [0, 1]: 1 where equal."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # a second that few need
+
     truth, prediction = np.asarray(truth), np.asarray(prediction)
     a_NHWC, b_NHWC = (x.reshape(-1, *x.shape[-3:]) for x in (truth, prediction))
     values = []
@@ -285,6 +285,8 @@ def displacement_codes(dx_N: ArrayLike, dy_N: ArrayLike, num_codes: int) -> Ints
 
     One quantizer's result, not a bound: what latents may be expected to tell that name what moved on screen.
     """
+    from sklearn.cluster import KMeans  # a second that few need
+
     moved_N2 = np.stack([np.asarray(dx_N, np.float64), np.asarray(dy_N, np.float64)], 1)
     moved_N2 /= moved_N2.std(0) + 1e-12
     clusters = min(num_codes, len(np.unique(moved_N2, axis=0)))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -83,8 +82,8 @@ def share_table(counts_KC: ArrayLike, row_labels: Sequence[str], column_labels: 
 
 def line_plots(estimates: Mapping[str, Sequence[tuple[float, float]]], beside: Mapping[str, Sequence[str]]) -> Picture:
     """A plot for each key of `beside`, with the curves it names drawn in: values and 95% bands over t = 1, 2, ..."""
-    figure = Figure(figsize=(4.2 * len(beside), 3.2), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    canvas = _canvas(4.2 * len(beside), 3.2)
+    figure = canvas.figure
     for axes, (name, others) in zip(figure.subplots(1, len(beside), squeeze=False)[0], beside.items(), strict=True):
         for curve in (name, *others):
             value_T, ci95_T = np.asarray(estimates[curve], np.float64).T
@@ -100,8 +99,8 @@ def line_plots(estimates: Mapping[str, Sequence[tuple[float, float]]], beside: M
 def dot_plots(values: Mapping[str, Mapping[str, tuple[float, float]]]) -> Picture:
     """A plot for each heading: of every row the value, and where it is known its 95% interval."""
     rows = list(dict.fromkeys(row for by_row in values.values() for row in by_row))
-    figure = Figure(figsize=(1.6 + 2.6 * len(values), 0.9 + 0.4 * len(rows)), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    canvas = _canvas(1.6 + 2.6 * len(values), 0.9 + 0.4 * len(rows))
+    figure = canvas.figure
     for axes, (heading, by_row) in zip(
         figure.subplots(1, len(values), squeeze=False, sharey=True)[0], values.items(), strict=True
     ):
@@ -127,8 +126,8 @@ def curves(
 
     The points are evenly spaced: their x may be 0, and grows as a logarithm does.
     """
-    figure = Figure(figsize=(1.6 + 4.2 * len(points), 3.6), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    canvas = _canvas(1.6 + 4.2 * len(points), 3.6)
+    figure = canvas.figure
     panels = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
     for axes, (row, triples) in zip(panels, points.items(), strict=True):
         x_N, value_N, ci95_N = zip(*triples, strict=True) if triples else ((), (), ())
@@ -149,8 +148,8 @@ def scatter(
     points: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, law: tuple[float, float] | None = None
 ) -> Picture:
     """The points of every row on axes with logarithms, and the line y = factor * x ** exponent of `law`."""
-    figure = Figure(figsize=(6.4, 4.2), dpi=100, layout="constrained")
-    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    canvas = _canvas(6.4, 4.2)
+    axes = canvas.figure.subplots()
     for row, pairs in points.items():
         if pairs:
             axes.loglog(*zip(*pairs, strict=True), "o", label=row)
@@ -173,8 +172,8 @@ def arrows(motion_PA2: ArrayLike) -> Picture:
     """
     motion = np.asarray(motion_PA2, np.float64)
     reach = max(1.2 * float(np.quantile(np.abs(motion), 0.95)), 1.0)
-    figure = Figure(figsize=(2.0 * motion.shape[1], 2.3), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    canvas = _canvas(2.0 * motion.shape[1], 2.3)
+    figure = canvas.figure
     panels = figure.subplots(1, motion.shape[1], squeeze=False, sharey=True)[0]
     for action, axes in enumerate(panels):
         down_P, right_P = motion[:, action].T
@@ -189,9 +188,17 @@ def arrows(motion_PA2: ArrayLike) -> Picture:
     return _drawn(canvas)
 
 
-def _drawn(canvas: FigureCanvasAgg) -> Picture:
-    canvas.draw()  # type: ignore[no-untyped-call]
-    return np.asarray(canvas.buffer_rgba(), np.uint8)[..., :3].copy()  # type: ignore[no-untyped-call]
+def _canvas(width: float, height: float) -> Any:
+    """Matplotlib's, of that size in inches, which becomes a picture; a second to import, that few need."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    return FigureCanvasAgg(Figure(figsize=(width, height), dpi=100, layout="constrained"))
+
+
+def _drawn(canvas: Any) -> Picture:
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba(), np.uint8)[..., :3].copy()
 
 
 def most_different(frames_BHWC: ArrayLike, count: int) -> list[int]:

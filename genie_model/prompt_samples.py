@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from sklearn.datasets import load_sample_image
 
 _WIDTH, _HEIGHT = 320, 240
 _PAPER, _INK = (252, 250, 244), (40, 40, 48)
@@ -35,6 +34,8 @@ def samples() -> dict[str, bytes]:
 
 def _photos() -> dict[str, Image.Image]:
     """Each whole, and its left and right halves."""
+    from sklearn.datasets import load_sample_image  # a second that few need
+
     parts = {}
     for name in ("china", "flower"):
         photo_HWC = load_sample_image(f"{name}.jpg")

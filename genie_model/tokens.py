@@ -55,14 +55,14 @@ def tokens_of(config: Config, store: VideoStore, tokenizer: VideoTokenizer, root
 
 def _frames(store: VideoStore, shard: int, clip: int) -> int:
     """Of all whole clips of the shard's episodes."""
-    return int(sum(store.episode_lengths[episode] // clip * clip for episode in store.episodes_in(shard)))
+    return int((store.lengths_in(range(shard, shard + 1)) // clip * clip).sum())
 
 
 def _encode(
     store: VideoStore, shard: int, tokenizer: VideoTokenizer, clip: int, precision: str
 ) -> list[NDArray[np.uint16]]:
     """The codes (T, N, C) of each episode in the shard."""
-    counts = [int(store.episode_lengths[episode]) // clip for episode in store.episodes_in(shard)]
+    counts = (store.lengths_in(range(shard, shard + 1)) // clip).tolist()
     clips = [
         (episode, i * clip)
         for episode, count in zip(store.episodes_in(shard), counts, strict=True)

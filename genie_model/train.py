@@ -254,6 +254,7 @@ def _check_finite(loss: float, step: int) -> None:
 def _shown(logs: dict[str, float]) -> str:
     keys = (
         "psnr",
+        "large/psnr",
         "code_perplexity",
         "lam/mse_over_copy",
         "lam/action_perplexity",

@@ -156,7 +156,8 @@ class TrainingState:
     def _commit(self, step: int) -> None:
         files.write_atomic(f"{self.uri}/{_LATEST}", json.dumps({"step": step}).encode())
         for name in files.names(self.uri):  # the one before, and what killed saves have left
-            if name.startswith(_STEP) and f"{self.uri}/{name}" != self._folder(step):
+            other = name.startswith(_STEP) and f"{self.uri}/{name}" != self._folder(step)
+            if other or name.endswith(".tmp"):
                 files.remove_tree(f"{self.uri}/{name}")
 
     def _load(self, folder: str, module: nn.Module, optimizers: Optimizers) -> None:

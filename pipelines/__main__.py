@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,10 @@ def _write_package(args: argparse.Namespace, output: Path, wants_root: bool = Fa
     if unpinned := cluster.unpinned():
         say(f"no registry has {', '.join(unpinned)} yet: `make images PUSH=1` builds them and writes {cluster.images}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    half = output.with_name(f".{output.name}.tmp.yaml")
-    compiler.Compiler().compile(pipeline, str(half), pipeline_parameters=given)
-    half.replace(output)
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        whole = Path(scratch, "whole.yaml")
+        compiler.Compiler().compile(pipeline, str(whole), pipeline_parameters=given)
+        whole.replace(output)
 
 
 def _name(args: argparse.Namespace) -> str:

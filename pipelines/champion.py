@@ -24,9 +24,11 @@ def champion(
         root_uri: Where data sets and models lie, e.g. gs://bucket/genie. Levels are collected there.
         preset: The named config that says how is measured; of the champion's frame size.
         overrides: Changes to the preset, e.g. ["evaluation.clips=256"].
-        fresh: On levels of today's own, which no version has met; else on those that versions are registered with.
+        fresh: Of CoinRun on levels of today's own, which no version has met; else on those that versions are registered
+            with.
         model_name: The registered model.
-        data_uri: The data set whose held-out video it is measured on; empty takes CoinRun's levels, as `fresh` says.
+        data_uri: The data set whose held-out video it is measured on; empty takes its own, and of CoinRun levels as
+            `fresh` says.
         tracking_uri: The MLflow server; empty takes MLFLOW_TRACKING_URI of the step's environment.
         experiment: The MLflow experiment that the run is recorded in.
     """

@@ -58,7 +58,7 @@ def cloning(
         found = place(find_world(**run, study=study, model_uri=model_uri), "small", "find world")
     world_uri = dsl.OneOf(made.output, found.output)
 
-    no_data = {"data_uri": "", "data_digest": ""}
+    no_data = {"data_uri": "", "data_digest": "", "eval_uri": ""}
     asked = run | no_data | {"study": study, "seeds": seeds, "variants": variants, "model_uri": world_uri}
     modes = place(plan(**asked, distinct=["cloning"]), "small", "plan demonstrations", changes=True)
     with dsl.ParallelFor(modes.output, name="modes") as cell:

@@ -56,10 +56,12 @@ def curation(
     curator = place(train_curator(**given, labels_uri=labels_uri), "large", "train the classifier", changes=True)
     scores = place(score(**given, classifier_uri=curator.outputs["Output"]), "large", "score all clips", changes=True)
     # A cell brings the scores' URI along as its model's.
-    asked = given | {"seeds": seeds, "variants": variants, "model_uri": scores.output, "data_digest": ""}
+    asked = given | {"seeds": seeds, "variants": variants, "model_uri": scores.output}
+    asked |= {"data_digest": "", "eval_uri": eval_uri}
     rules = place(plan(**asked, distinct=["curation"]), "small", "plan data sets", changes=True)
     with dsl.ParallelFor(rules.output, name="rules") as cell:
         kept = _curated(cell, run)
+    # The digest says what is held out there now: what was measured before an opt-out is not taken from KFP's cache.
     cells = place(plan(**asked, distinct=[]).after(kept), "small", "plan cells", changes=True)
     cells.ignore_upstream_failure()
     with dsl.ParallelFor(cells.output, name="cells") as cell:
@@ -67,7 +69,7 @@ def curation(
         of_this = of_cell(cell, run) | {name: kept.outputs[name] for name in ("data_uri", "data_digest")}
         tokenizer = train(train_tokenizer, "train tokenizer", **of_this)
         world = train(train_world, "co-train LAM and dynamics", **of_this, tokenizer_uri=tokenizer.output)
-        measured = evaluate(**of_this, model_uri=world.output, eval_uri=eval_uri)
+        measured = evaluate(**of_this, model_uri=world.output, eval_uri=eval_uri, eval_digest=cell.eval_digest)
         measured = place(measured, "medium", "evaluate on held-out videos")
     told = place(report(**run, study=study).after(measured), "small", "report")
     told.ignore_upstream_failure()

@@ -25,7 +25,8 @@ def promotion(
         overrides: Changes to the preset, e.g. ["promotion.min_delta_psnr=0.5"].
         version: The version's number; empty takes the newest.
         model_name: The registered model.
-        data_uri: The data set whose held-out video both are measured on; empty takes CoinRun's, collected at root_uri.
+        data_uri: The data set whose held-out video both are measured on; empty takes the version's own; levels of
+            CoinRun are collected at root_uri.
         dry_run: Say what would happen, and change nothing in the registry.
         tracking_uri: The MLflow server; empty takes MLFLOW_TRACKING_URI of the step's environment.
         experiment: The MLflow experiment that the run is recorded in.

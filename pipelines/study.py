@@ -26,7 +26,7 @@ def run_study(name: str, run: dict[str, Any], seeds: Any, variants: Any) -> Any:
     """
     study = {"name": name}
     data = place(collect(**run, study=study), "medium", "collect", changes=True).outputs
-    asked = run | data | {"study": study, "seeds": seeds, "variants": variants, "model_uri": ""}
+    asked = run | data | {"study": study, "seeds": seeds, "variants": variants, "model_uri": "", "eval_uri": ""}
     tokenizers = place(plan(**asked, distinct=_TOKENIZER), "small", "plan tokenizers", changes=True)
     with dsl.ParallelFor(tokenizers.output, name="tokenizers") as cell:
         tokenizer = train(train_tokenizer, "train tokenizer", **of_cell(cell, run, *_DATA))

@@ -48,7 +48,7 @@ def video(
         "experiment": experiment,
     }
     of_video = {**run, "study": {"pipeline": "video"}}
-    clips = _looked_at(ingest(**of_video, source_uri=source_uri), "ingest").outputs
+    clips = _looked_at(ingest(**of_video, source_uri=source_uri, prompts_uri=prompts_uri), "ingest").outputs
     every = {name: clips[name] for name in ("data_uri", "data_digest")}
     with dsl.If(labels_uri != "", "labels"):
         given = {**of_video, **every}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -40,6 +40,7 @@ class Rules:
     codec: Codec
     quality: int
     opt_outs: OptOuts
+    stall_seconds: float
 
 
 class Outcome(NamedTuple):
@@ -87,8 +88,9 @@ class Crew:
     ) -> Iterator[tuple[Video, Outcome]]:
         """Of each video in turn; those that come next are decoded meanwhile. `refusal` says which are not even opened.
 
-        A video that ends its process (a fault of a decoder, or no memory left) is rejected. All processes go with it,
-        and which one it was is not told: so the one that is waited for is tried again alone, and the others together.
+        A video that ends its process (a fault of a decoder, no memory left, or `stall_seconds` without a clip) is
+        rejected. All processes go with it, and which one it was is not told: so the one that is waited for is tried
+        again alone, and the others together.
         """
         waiting: deque[tuple[Video, Future[Outcome]]] = deque()
         while True:
@@ -118,12 +120,13 @@ class Crew:
         """And with new processes for the others."""
         self._pool.shutdown()
         with _pool(1) as pool:
-            try:
-                outcome = pool.submit(_decode, video, self._rules, self._next_path()).result()
-            except BrokenProcessPool:
-                outcome = _rejected(Rejected("crashed", "the process that decoded it was ended"))
+            future, processes = pool.submit(_decode, video, self._rules, self._next_path()), active_children()
         self._pool = _pool(self._workers)
-        return outcome
+        if not isinstance(future.exception(), BrokenProcessPool):
+            return future.result()
+        if any(process.exitcode == -signal.SIGALRM for process in processes):
+            return _rejected(Rejected("stalled", f"no clip for {self._rules.stall_seconds:g} s, twice"))
+        return _rejected(Rejected("crashed", "the process that decoded it was ended"))
 
     def _next_path(self) -> Path:
         return self._folder / f"{os.getpid()}-{next(self._names)}.clips"
@@ -164,11 +167,13 @@ def _decode(video: Video, rules: Rules, path: Path) -> Outcome:
     notes: dict[str, None] = {}
     clips = frames = hidden = 0
     rejected: Rejected | None = None
+    _expect_a_clip(rules.stall_seconds)
     try:
         with path.open("wb") as file:
             for clip_THWC in _cut(
                 video.frames(rules.framing, lambda text: notes.update({text: None})), rules.clip_frames
             ):
+                _expect_a_clip(rules.stall_seconds)
                 frames += len(clip_THWC)
                 if len(clip_THWC) < rules.clip_frames:
                     break  # the rest
@@ -197,10 +202,17 @@ def _decode(video: Video, rules: Rules, path: Path) -> Outcome:
         raise  # of a bucket or a disk, or ours
     except Exception as error:  # what a library makes of a file that its authors did not think of
         rejected = Rejected("corrupt", f"{type(error).__name__}: {error}")
+    finally:
+        _expect_a_clip(0)
     if rejected:
         path.unlink(missing_ok=True)
         return _rejected(rejected, frames / rules.framing.fps)
     return Outcome(path, clips, seconds, list(notes), None)
+
+
+def _expect_a_clip(seconds: float) -> None:
+    """Within that time, or SIGALRM ends the process, whatever a library's code hangs in; 0: no longer."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _cut(frames: Iterator[NDArray[np.uint8]], length: int) -> Iterator[NDArray[np.uint8]]:

@@ -92,13 +92,13 @@ class HeldOut:
 
 def _recorded(store: VideoStore, truth: PrivilegedTruth, number: int) -> Episode:
     true = truth.episode(number)
-    frames_THWC = store.frames(number, 0, int(store.episode_lengths[number]))
+    frames_THWC = store.frames(number, 0, store.length_of(number))
     return Episode(true["level_seed"], frames_THWC, Truth(true["action"], true["agent_x"], true["agent_y"]))
 
 
 def _of_video(store: VideoStore, number: int, source: int) -> Episode:
     """`source` is a hash of 64 bits; levels are signed integers."""
-    return Episode(source >> 1, store.frames(number, 0, int(store.episode_lengths[number])))
+    return Episode(source >> 1, store.frames(number, 0, store.length_of(number)))
 
 
 def _spread(source_N: NDArray[np.uint64], most: int) -> NDArray[np.int64]:

@@ -51,7 +51,8 @@ def ingest(config: Config, source_uri: str, root_uri: str, log: RunLog = NoLog()
 
     A video without clips is no error: the report says why. A run that was interrupted goes on, a finished data set is
     reused. Raises ValueError for a source or a filter that cannot be read, and where no video makes a clip; OSError
-    when the disk is full or a bucket does not answer (finished shards are kept).
+    when the disk is full, or the root or the source itself does not answer (finished shards are kept). A bucket that a
+    manifest names costs its own videos alone.
     """
     job = _Job.plan(config, videos_at(source_uri), root_uri)
     log.params({"data_uri": job.uri, "source_uri": source_uri, "source_kind": job.listing.kind})
@@ -114,7 +115,8 @@ class _Job:
         if own.opt_out and not files.exists(own.opt_out):
             raise ValueError(f"ingest.opt_out: there is no file {own.opt_out}")
         lines = lines_at(own.opt_out) if own.opt_out else []
-        rules = Rules(framing, clip_frames, own.clip_seconds, own.codec, own.quality, OptOuts.of(lines))
+        opt_outs = OptOuts.of(lines)
+        rules = Rules(framing, clip_frames, own.clip_seconds, own.codec, own.quality, opt_outs, own.stall_seconds)
         decides = {
             "format": 1,
             "rules": own.model_dump(mode="json", exclude={"workers", "keywords", "opt_out"}),
@@ -256,6 +258,8 @@ def _make_shards(job: _Job, split: Split, crew: Crew, begin: _Head, shard: int, 
     progress = bar(desc=f"ingest {split}", unit="video", total=job.videos[split], initial=begin.videos)
     with progress:
         for number, (video, outcome) in enumerate(crew.outcomes(videos, job.refusal), begin.videos):
+            if outcome.rejected and outcome.rejected.reason == "unreachable" and job.listing.kind != "manifest":
+                raise OSError(outcome.rejected.detail)  # the source that was listed is gone: a later run goes on
             done = begin.clips if number == begin.videos else 0
             for clip in itertools.islice(outcome.read(), done, None):
                 clips.append(clip)

@@ -29,6 +29,7 @@ from genie_model import cache
 
 Reason = Literal[
     "missing",  # no such file, it may not be read, or it is no file but a folder or a device
+    "unreachable",  # its store does not answer, or not to the end
     "empty",  # a file of zero bytes
     "not a video",  # no container of video, or one whose head is broken or missing
     "no picture",  # audio only, or a cover picture
@@ -39,6 +40,7 @@ Reason = Literal[
     "truncated",  # it ends before the time that its head announces
     "corrupt",  # a part of it cannot be decoded
     "crashed",  # its decoder ended the process that ran it
+    "stalled",  # its decoder gave no clip for ingest.stall_seconds
     "too short",  # for one clip
     "keywords",  # the filter's words did not want its title or description
     "opted out",
@@ -170,11 +172,13 @@ class FileVideo(Video):
         except ValueError as error:  # of fsspec, for a kind of store that it does not know
             raise Rejected("missing", str(error)) from None
         except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise Rejected("missing", f"{type(error).__name__}: {error}") from None
+            reason: Reason = "missing" if error.errno == errno.ELOOP else "unreachable"
+            raise Rejected(reason, f"{type(error).__name__}: {error}") from None
         with file:
-            yield from decode(file, framing, note, self.start, self.stop)
+            try:
+                yield from decode(file, framing, note, self.start, self.stop)
+            except OSError as error:
+                raise Rejected("unreachable", f"{type(error).__name__}: {error}") from None
 
 
 def videos_at(source_uri: str) -> Listing:
@@ -186,7 +190,7 @@ def videos_at(source_uri: str) -> Listing:
     file; one to a folder is not followed, and the report says so. A bucket's files that a manifest names are not asked
     for their size one by one: where they change under their names, a column (etag, say) has to tell. Robot episodes
     (RLDS and LeRobot folders) are told by what lies there (robotics.py). Raises ValueError when nothing is there, and,
-    as it is read, for a manifest that is damaged.
+    as it is read, for a manifest that is damaged or names a video twice.
     """
     from genie_model.data.robotics import episodes_at  # it is built on this file
 
@@ -236,16 +240,36 @@ def one_line(text: str) -> str:
 
 def _of_manifest(manifest_uri: str) -> Iterator[Video]:
     folder, known = manifest_uri.rpartition("/")[0] or ".", {"uri", "path", "id", *_TEXTS}
+    seen = set[int]()  # hashes: there may be millions
     for number, row in enumerate(_rows(manifest_uri)):
-        place = row.get("uri") or row.get("path") or ""
+        place = _place(row)
         if not place:
             raise ValueError(f"{manifest_uri}: row {number + 1} has no uri or path")
+        name = one_line(row.get("id") or place)
+        if hash(name) in seen:
+            _check_is_one(manifest_uri, name)
+        seen.add(hash(name))
         uri = place if "://" in place or place.startswith("/") else f"{folder}/{place}"
         about = {name: value for name, value in row.items() if name not in known}
         texts: dict[str, Any] = {name: row.get(name, "") for name in _TEXTS}
         texts["owner"] = one_line(texts["owner"])
         version = version_of(info) if (info := _info(uri)) else ""
-        yield FileVideo(one_line(row.get("id") or place), uri, version=version, about=about, **texts)
+        yield FileVideo(name, uri, version=version, about=about, **texts)
+
+
+def _place(row: Mapping[str, str]) -> str:
+    return row.get("uri") or row.get("path") or ""
+
+
+def _check_is_one(manifest_uri: str, name: str) -> None:
+    """Raises ValueError where two rows have that id: what is held out and opted out goes by it."""
+    names = (one_line(row.get("id") or _place(row)) for row in _rows(manifest_uri))
+    rows = [str(number) for number, other in enumerate(names, 1) if other == name]
+    if len(rows) > 1:
+        raise ValueError(
+            f"{manifest_uri}: rows {', '.join(rows[:5])} have the same id, {name}: give each video one of its own, or "
+            "leave the others out"
+        )
 
 
 def _at(uri: str) -> tuple[Any, str]:

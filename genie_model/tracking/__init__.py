@@ -5,7 +5,7 @@ import os
 
 from mlflow.exceptions import MlflowException as TrackingError
 
-from genie_model.tracking.promotion import Check, Decision, check_champion, decide, promote, rollback
+from genie_model.tracking.promotion import Check, Decision, check_champion, decide, own_data, promote, rollback
 from genie_model.tracking.registry import ModelVersion, champion, numbered, register, versions
 from genie_model.tracking.runs import StepRun, connect, step
 from genie_model.tracking.studies import Reported, newest_study, plan, record_report, report
@@ -23,6 +23,7 @@ __all__ = [
     "decide",
     "newest_study",
     "numbered",
+    "own_data",
     "plan",
     "promote",
     "record_report",

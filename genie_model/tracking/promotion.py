@@ -23,6 +23,7 @@ from genie_model.tracking.registry import (
     aliased,
     download,
     logged_model,
+    maker,
     registered_metrics,
 )
 from genie_model.tracking.runs import StepRun
@@ -196,6 +197,30 @@ def check_champion(data_uri: str, run: StepRun, name: str = "genie", alias: str 
     return found
 
 
+def own_data(run: StepRun, name: str, version: str = "", alias: str = "") -> str:
+    """The data set of a version, the newest, or the one with `alias`: where its world was measured as it was trained.
+
+    Empty for one of the pipeline coinrun, whose levels can be collected anew. A version with a larger decoder is asked
+    about as the world alone, registered before. Raises UnknownVersionError, and ValueError where none of its runs says.
+    """
+    client = run.client
+    found = aliased(client, name, alias) if alias else _version(client, name, version)
+    if found is None:
+        raise UnknownVersionError(f"no version of model {name!r} has the alias {alias!r}")
+    worlds = [found]
+    if trained_at := found.tags.get("trained_at"):
+        worlds += client.search_model_versions(f"name = '{name}' and tags.trained_at = '{trained_at}'")
+    for world in worlds:
+        told = client.get_run(world.run_id).data.tags if world.run_id else {}
+        made_by, data_uri = told.get("mlflow.source.name"), told.get("dataset.eval.uri", "").removesuffix("/eval")
+        if made_by == "pipelines/coinrun.py":
+            return ""
+        if made_by != "pipelines/decoder.py" and data_uri:
+            summary("promotion", f"{name} version {found.version} is measured on its own data set, {data_uri}")
+            return data_uri
+    raise ValueError(f"version {found.version} of {name!r} does not say what it was trained on: name it with --data")
+
+
 def _version(client: MlflowClient, name: str, version: str) -> Any:
     if version:
         try:
@@ -204,7 +229,7 @@ def _version(client: MlflowClient, name: str, version: str) -> Any:
             raise UnknownVersionError(f"there is no version {version} of model {name!r}: {error.message}") from None
     found = client.search_model_versions(f"name = '{name}'", max_results=1, order_by=["version_number DESC"])
     if not found:
-        raise UnknownVersionError(f"model {name!r} has no version yet: run the pipeline coinrun")
+        raise UnknownVersionError(f"model {name!r} has no version yet: run the pipeline {maker(name)}")
     return client.get_model_version(name, found[0].version)
 
 

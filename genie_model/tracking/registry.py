@@ -124,10 +124,15 @@ def champion(
         raise ValueError(f"MLflow cannot be asked for the model: {' '.join(str(error).split())[:300]}") from None
     if version is None:
         raise UnknownVersionError(
-            f"no version of model {model_name!r} has the alias {alias!r}: run the pipeline (`make demo`), "
+            f"no version of model {model_name!r} has the alias {alias!r}: run the pipeline {maker(model_name)}, "
             f"or set the alias in MLflow's Models page at {client.tracking_uri}"
         )
     return _local(client, model_name, version, cache_dir)
+
+
+def maker(model_name: str) -> str:
+    """The pipeline that registers versions of that name."""
+    return "coinrun (`make demo`)" if model_name == "genie" else f"video with --model-name {model_name}"
 
 
 def numbered(
@@ -244,6 +249,8 @@ def _fetch(model_uri: str, folder: Path) -> None:
         if not files.exists(f"{path}/{needed}"):
             raise ValueError(f"{model_uri} is no model folder ({needed} is missing): train it again")
     files.get(f"{path.rstrip('/')}/", str(folder), recursive=True)
+    for left in folder.rglob("*.tmp"):  # by a killed writer
+        left.unlink()
 
 
 def _set_sampling(folder: Path, config: Config) -> None:

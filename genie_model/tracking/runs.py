@@ -133,6 +133,7 @@ class StepRun:
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
             for run_id in (self.run_id, self.parent_id):
                 self.client.set_tag(run_id, f"dataset.{split or 'train'}.digest", store.digest)
+                self.client.set_tag(run_id, f"dataset.{split or 'train'}.uri", store.uri)
         if expected not in ("", whole.hexdigest()):
             raise ValueError(f"the data set at {uri} has changed since it was collected: run the pipeline again")
         no_models: list[LoggedModelInput] = []

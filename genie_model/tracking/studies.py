@@ -47,12 +47,14 @@ def plan(
     run: StepRun,
     model_uri: str = "",
     data_digest: str = "",
+    eval_uri: str = "",
 ) -> list[dict[str, Any]]:
-    """Cells to run, each {"overrides", "study", "data_uri", "data_digest", "model_uri"} for its steps.
+    """Cells to run, each {"overrides", "study", "data_uri", "data_digest", "model_uri", "eval_digest"} for its steps.
 
-    All of them; or of those whose configs agree in the parts named in `distinct`, the first.
+    All of them; or of those whose configs agree in the parts named in `distinct`, the first. The last digest says what
+    is now held out at `eval_uri`, if that is given, opt-outs and all.
 
-    Raises ValueError as `studies.cells`.
+    Raises ValueError as `studies.cells`, and for a missing data set.
     """
     planned = cells(name, preset, overrides, [int(seed) for seed in seeds], only)
     known = _planned(run.client.get_run(run.parent_id))
@@ -62,6 +64,7 @@ def plan(
     if distinct:
         configs = {run.config.with_overrides(*cell.overrides).digest(*distinct): cell for cell in reversed(planned)}
         planned = [cell for cell in planned if cell in configs.values()]
+    eval_digest = run.dataset(eval_uri, splits=("eval",)) if eval_uri else ""
     summary("plan", ", ".join(f"{cell.variant} (seed {cell.seed})" for cell in planned))
     return [
         {
@@ -70,6 +73,7 @@ def plan(
             "data_uri": data_uri,
             "data_digest": data_digest,
             "model_uri": model_uri,
+            "eval_digest": eval_digest,
         }
         for cell in planned
     ]
@@ -85,7 +89,7 @@ def report(name: str, client: MlflowClient, run_id: str) -> Reported:
     for run in client.search_runs([own.info.experiment_id], below, order_by=["attributes.start_time"]):
         newest[run.data.tags["variant"], int(run.data.tags["seed"])] = run
     found = dict[str, list[dict[str, float]]]()
-    finished, unfinished, commits, measured_on = [], [], set[str](), set[str]()
+    finished, unfinished, commits, measured_on, places = [], [], set[str](), set[str](), set[str]()
     for variant, seed in _planned(own):
         found.setdefault(variant, [])
         cell = newest.get((variant, seed))
@@ -93,6 +97,7 @@ def report(name: str, client: MlflowClient, run_id: str) -> Reported:
             finished.append(cell)
             found[variant].append(cell.data.metrics)
             measured_on.add(cell.data.tags.get("dataset.eval.digest", "unknown"))
+            places |= {uri for name, uri in cell.data.tags.items() if name == "dataset.eval.uri"}
             commits.add(cell.data.tags.get("mlflow.source.git.commit", "unknown"))
         else:
             status = cell.info.status.lower() if cell else "never started"
@@ -105,6 +110,8 @@ def report(name: str, client: MlflowClient, run_id: str) -> Reported:
         f"Preset {own.data.tags['preset']}; {budget}. A cell is the mean over seeds ± its 95% interval (Student's t).",
         f"Here: {_here(study(name), params)}. In the paper: {study(name).scale}.",
     ]
+    if places:
+        notes.append(f"Measured on {', '.join(sorted(places))}.")
     if unfinished:
         notes.append(f"Not finished: {'; '.join(unfinished)}. The same run again makes them.")
     if len(commits) > 1:

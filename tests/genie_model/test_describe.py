@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from genie_model.__main__ import main
 from genie_model.chance import Chance
-from genie_model.describe import play_flops, training_cost
+from genie_model.describe import num_parameters, play_flops, short, training_cost
 from genie_model.genie import Genie
+from genie_model.large_decoder import LargeDecoder
 from genie_model.presets import get_preset
 
 CONFIG = get_preset("tiny")
@@ -52,6 +53,10 @@ def test_describe_prints_the_tree_the_costs_and_the_paper(capsys: pytest.Capture
     rows = {line.split("  ")[0]: line.split() for line in printed.splitlines()}
     assert rows["all"][1] == "95.1M"
     assert len(rows["LAM + dynamics"]) == 9
+    with FakeTensorMode():
+        own = num_parameters(LargeDecoder(get_preset("coinrun")))
+    assert f"larger decoder{short(own):>18}  beside it" in printed
+    assert len(rows["larger decoder"]) == 8, "its training, too"
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def test_it_is_trained_measured_and_reused(
     figures = checkpoint.load_training(decoder_uri)
     assert figures["large_psnr_gain"] == pytest.approx(figures["large_psnr"] - figures["large_psnr_bicubic"])
     assert figures["large_psnr_gain_ci95"] > 0
+    assert figures.keys() >= {"final_large_psnr"}
+    assert "final_psnr" not in figures, "the tokenizer's"
     root = decoder_uri.rpartition("/models/")[0]
     assert train_large_decoder(CONFIG, larger_data_uri, tiny_model_uri, root) == decoder_uri
     assert "reused" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from genie_model.data.store import VideoStore
 from genie_model.evaluate import evaluate
 from genie_model.genie import Genie
 from genie_model.presets import get_preset
-from genie_model.tracking import StepRun, check_champion, promote, register, rollback, step
+from genie_model.tracking import StepRun, check_champion, own_data, promote, register, rollback, step
 
 TINY = get_preset("tiny")
 GOOD = {"delta_psnr_t4": 1.0, "delta_psnr_t4_ci95": 0.3, "lam_action_usage": 1.0, "rollout_psnr_t1": 20.0}
@@ -99,7 +99,7 @@ def test_a_candidate_that_was_measured_otherwise_is_measured_too(run: StepRun, t
     assert "99.00" not in promote(number, tiny_data_uri, run).reason
     with pytest.raises(ValueError, match="no version 7 of model 'genie'"):
         promote("7", tiny_data_uri, run)
-    with pytest.raises(ValueError, match="model 'other' has no version yet"):
+    with pytest.raises(ValueError, match="'other' has no version yet: run the pipeline video with --model-name other"):
         promote("", tiny_data_uri, run, name="other")
 
 
@@ -176,6 +176,22 @@ def test_today_has_levels_of_its_own_and_they_alone_are_collected(tmp_path: Path
     assert VideoStore.open(f"{uri}/eval").num_episodes >= TINY.data.eval_levels
     with pytest.raises(ValueError, match="train"):
         VideoStore.open(f"{uri}/train")
+
+
+def test_a_version_is_measured_on_its_own_data_where_no_other_is_named(run: StepRun, tiny_data_uri: str) -> None:
+    registered(run, tiny_data_uri)
+    assert own_data(run, "genie") == "", "the levels of CoinRun can be collected anew"
+    for pipeline in ("video", "decoder"):  # the second registers the world again, with a larger decoder
+        with step("register", "tiny", root_uri="here", study={"pipeline": pipeline}) as other:
+            if pipeline == "video":
+                other.dataset(tiny_data_uri)
+            Path("model", "note.txt").write_text(pipeline)
+            register("model", GOOD, "", other, "genie-video")
+            assert own_data(other, "genie-video") == tiny_data_uri
+            register("model", GOOD, "", other, f"of-{pipeline}")
+    run.client.set_registered_model_alias("of-decoder", "champion", "1")
+    with pytest.raises(ValueError, match=r"version 1 of 'of-decoder' does not say .* name it with --data"):
+        own_data(run, "of-decoder", alias="champion")
 
 
 def test_what_is_no_alias_is_no_champion(run: StepRun) -> None:

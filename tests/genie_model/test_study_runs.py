@@ -53,6 +53,17 @@ def reported() -> str:
     return found.comparison.markdown()
 
 
+def test_a_study_says_what_it_is_measured_on_and_its_cells_what_that_was(tiny_data_uri: str) -> None:
+    with step("plan", "tiny", **WHERE, study={"name": "lam_inputs"}) as run:
+        (cell,) = plan("lam_inputs", "tiny", [], [0], ["pixels"], [], "data", run, eval_uri=tiny_data_uri)
+    with step("evaluate", "tiny", cell["overrides"], **WHERE, study=cell["study"], ends_pipeline=True) as run:
+        run.dataset(tiny_data_uri, splits=("eval",), expected=cell["eval_digest"])
+        run.result({"delta_psnr_t4": 1.0})
+    assert f"- Measured on {tiny_data_uri}/eval.\n" in reported()
+    (unnamed,) = planned([0], distinct=["data"])
+    assert unnamed["eval_digest"] == ""
+
+
 def test_cells_nest_below_their_study_and_carry_what_they_are_compared_by(client: MlflowClient) -> None:
     for cell, value in zip(planned([0, 1]), (1.0, 2.0, 3.0, 4.0), strict=True):
         run_cell(cell, value)

@@ -1,5 +1,6 @@
 """The trainer: killed and resumed equals uninterrupted; finished work is reused; broken input says what to do."""
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -204,6 +205,14 @@ def test_a_full_disk_is_one_clear_line_and_keeps_what_was_there(
     with pytest.raises(OSError, match="the disk is full; free some space and run again"):
         files.write_atomic(str(target), b"new")
     assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_many_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    target, contents = tmp_path / "file", [bytes([number]) * 1000 for number in range(8)]
+    with ThreadPoolExecutor(8) as hosts:
+        list(hosts.map(lambda content: [files.write_atomic(str(target), content) for _ in range(20)], contents))
+    assert target.read_bytes() in contents
     assert list(tmp_path.iterdir()) == [target]
 
 

@@ -3,13 +3,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from pipelines.catalog import own_preset
 
+Command = Callable[..., Any]  # conftest's
 ROOT = Path(__file__).parents[2]
 
 
@@ -18,10 +21,8 @@ def pipelines(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def test_compile_writes_the_pipeline_with_its_form(tmp_path: Path) -> None:
-    done = pipelines(
-        "compile", "coinrun", "--preset", "demo", "--set", "seed=7", "--root", "gs://b/genie", cwd=tmp_path
-    )
+def test_compile_writes_the_pipeline_with_its_form(command: Command, tmp_path: Path) -> None:
+    done = command("compile", "coinrun", "--preset", "demo", "--set", "seed=7", "--root", "gs://b/genie")
     assert (done.returncode, done.stderr) == (0, "")
     pipeline, _ = yaml.safe_load_all((tmp_path / "build" / "coinrun.yaml").read_text())
     form = pipeline["root"]["inputDefinitions"]["parameters"]
@@ -58,21 +59,21 @@ def test_compiling_needs_no_torch() -> None:
         (["--preset", "tiny", "--set", "train_world.steps=0"], "train_world.steps"),
     ],
 )
-@pytest.mark.parametrize("command", ["compile", "run"])
+@pytest.mark.parametrize("what", ["compile", "run"])
 def test_a_wrong_name_ends_before_anything_starts(
-    command: str, arguments: list[str], message: str, tmp_path: Path
+    what: str, arguments: list[str], message: str, command: Command, tmp_path: Path
 ) -> None:
-    done = pipelines(command, "coinrun", *arguments, cwd=tmp_path)
+    done = command(what, "coinrun", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_submit_says_at_once_that_no_host_answers(tmp_path: Path) -> None:
+def test_submit_says_at_once_that_no_host_answers(command: Command) -> None:
     began = time.monotonic()
     host = ["--host", "http://127.0.0.1:9"]
-    done = pipelines("submit", "coinrun", "--preset", "tiny", "--root", "gs://b/genie", *host, cwd=tmp_path)
+    done = command("submit", "coinrun", "--preset", "tiny", "--root", "gs://b/genie", *host)
     assert done.returncode == 1
     assert "no Kubeflow host answers at http://127.0.0.1:9" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -87,8 +88,8 @@ def test_run_says_that_no_tracking_server_answers(tmp_path: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_pipeline_takes_its_own_preset_where_none_is_named(tmp_path: Path) -> None:
-    done = pipelines("compile", "video", cwd=tmp_path)
+def test_a_pipeline_takes_its_own_preset_where_none_is_named(command: Command, tmp_path: Path) -> None:
+    done = command("compile", "video")
     assert (done.returncode, done.stderr) == (0, "")
     form = next(yaml.safe_load_all((tmp_path / "build" / "video.yaml").read_text()))["root"]["inputDefinitions"][
         "parameters"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -14,13 +14,11 @@ from genie_model.data.coinrun import collect
 from genie_model.large_decoder import load_large_decoder
 from genie_model.presets import get_preset
 from genie_model.tracking import numbered, versions
-from pipelines.__main__ import main
 
 
 def test_it_is_trained_and_registered_with_its_world(
-    tiny_model_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("GENIE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
@@ -28,11 +26,11 @@ def test_it_is_trained_and_registered_with_its_world(
     data_uri = collect(larger, str(tmp_path))
     asked = ["--preset", "tiny", "--state", "state", "--data", data_uri]
 
-    assert main(["run", "decoder", *asked]) == 1
-    assert "decoder needs --data, a data set of larger frames, and --model" in capsys.readouterr().err
+    refused = command("run", "decoder", *asked)
+    assert refused.returncode == 1
+    assert "decoder needs --data, a data set of larger frames, and --model" in refused.stderr
 
-    command = [sys.executable, "-m", "pipelines", "run", "decoder", *asked, "--model", tiny_model_uri]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = command("run", "decoder", *asked, "--model", tiny_model_uri)
     assert done.returncode == 0, done.stdout + done.stderr
     version = numbered("1")
     genie = load_model(version.folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -40,7 +39,7 @@ def demo(folder: Path, mlflow_port: int, page_port: int) -> Iterator[subprocess.
         try:
             yield process
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # as Ctrl-C; a shell that runs the tests behind has that ignored
             process.wait(timeout=60)
 
 

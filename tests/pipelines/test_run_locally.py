@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import pytest
 from mlflow import MlflowClient
 
 STEPS = {"collect", "train-tokenizer", "train-world", "evaluate", "register", "promote"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipeline")
-
-
-def run(folder: Path) -> str:
+def test_from_video_to_champion_and_again_from_the_cache(command: Callable[..., Any], tmp_path: Path) -> None:
     # A tiny model has learnt nothing; here it may be promoted all the same.
     lenient = ["--set", "promotion.min_delta_psnr=-100", "--set", "promotion.min_action_usage=0"]
-    command = [sys.executable, "-m", "pipelines", "run", "coinrun", "--preset", "tiny", *lenient, "--state", "state"]
-    command += ["--tracking-uri", f"sqlite:///{folder}/mlflow.db"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_from_video_to_champion_and_again_from_the_cache(folder: Path) -> None:
-    screen = run(folder)
+    asked = ["run", "coinrun", "--preset", "tiny", *lenient, "--state", "state"]
+    asked += ["--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    done = command(*asked)
+    screen = done.stdout
+    assert done.returncode == 0, screen + done.stderr
     assert all(f"[{step}] done in" in screen for step in STEPS)
     assert "KFP Executor" not in screen
     assert "executorInput" not in screen
     assert '"outputs"' not in screen
 
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("genie")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
@@ -51,15 +41,15 @@ def test_from_video_to_champion_and_again_from_the_cache(folder: Path) -> None:
 
     champion = client.get_model_version_by_alias("genie", "champion")
     assert champion.run_id == parent.info.run_id
-    (page,) = folder.glob("state/kfp/outputs/*/evaluate/pictures")
+    (page,) = tmp_path.glob("state/kfp/outputs/*/evaluate/pictures")
     assert page.read_text().count("data:image/png;base64,") >= 2
-    (confusion,) = folder.glob("state/kfp/outputs/*/evaluate/confusion")
+    (confusion,) = tmp_path.glob("state/kfp/outputs/*/evaluate/confusion")
     matrix = json.loads(confusion.read_text())["confusionMatrix"]
     assert [each["displayName"] for each in matrix["annotationSpecs"]] == ["left", "none", "right"]
     assert sum(sum(row["row"]) for row in matrix["rows"]) == 4 * 3 * 7, "each held-out transition of whole clips once"
     pictures = {file.path for file in client.list_artifacts(steps["evaluate"].info.run_id, "pictures")}
     assert "pictures/true_direction_beside_told.png" in pictures
 
-    again = run(folder)
+    again = command(*asked).stdout
     assert all(f"[{step}] is finished: reused from KFP's cache" in again for step in STEPS)
     assert len(client.search_runs([experiment.experiment_id])) == len(runs)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from pipelines.kubeflow import kubeflow_cron
+
+Command = Callable[..., Any]  # conftest's
 
 
 class Kubeflow(ThreadingHTTPServer):
@@ -91,18 +90,13 @@ def kubeflow() -> Iterator[Kubeflow]:
     server.server_close()
 
 
-def pipelines(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
-
-
-def schedule(kubeflow: Kubeflow, cron: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def schedule(command: Command, kubeflow: Kubeflow, cron: str, *more: str) -> Any:
     asked = ["schedule", "champion", "--preset", "tiny", "--root", "gs://b/genie", "--host", kubeflow.url]
-    return pipelines(*asked, "--cron", cron, *more, cwd=folder)
+    return command(*asked, "--cron", cron, *more)
 
 
-def test_a_schedule_replaces_the_one_of_its_name_and_can_be_dropped(kubeflow: Kubeflow, tmp_path: Path) -> None:
-    done = schedule(kubeflow, "0 3 * * *", tmp_path)
+def test_a_schedule_replaces_the_one_of_its_name_and_can_be_dropped(kubeflow: Kubeflow, command: Command) -> None:
+    done = schedule(command, kubeflow, "0 3 * * *")
     assert (done.returncode, done.stderr) == (0, "")
     assert "03:00 UTC: " in done.stdout.splitlines()[-1]
     (run,) = kubeflow.recurring.values()
@@ -115,26 +109,26 @@ def test_a_schedule_replaces_the_one_of_its_name_and_can_be_dropped(kubeflow: Ku
     assert (form["root_uri"]["defaultValue"], form["preset"]["defaultValue"]) == ("gs://b/genie", "tiny")
     assert "platforms" in run["pipeline_spec"]["platform_spec"]
 
-    other = schedule(kubeflow, "0 4 * * 1", tmp_path, "--name", "weekly")
-    again = schedule(kubeflow, "30 2 * * *", tmp_path)
+    other = schedule(command, kubeflow, "0 4 * * 1", "--name", "weekly")
+    again = schedule(command, kubeflow, "30 2 * * *")
     assert (other.returncode, again.returncode) == (0, 0), other.stderr + again.stderr
     assert "in place of what was scheduled" in again.stdout
     assert kubeflow.names() == ["weekly", "genie-champion"], "found behind the first page too"
     assert [run["trigger"]["cron_schedule"]["cron"] for run in kubeflow.recurring.values()][-1] == "0 30 2 * * *"
     assert list(kubeflow.experiments.values()) == ["genie"]
 
-    dropped = pipelines("unschedule", "champion", "--host", kubeflow.url, cwd=tmp_path)
+    dropped = command("unschedule", "champion", "--host", kubeflow.url)
     assert dropped.returncode == 0, dropped.stderr
     assert kubeflow.names() == ["weekly"]
-    gone = pipelines("unschedule", "champion", "--host", kubeflow.url, cwd=tmp_path)
+    gone = command("unschedule", "champion", "--host", kubeflow.url)
     assert gone.returncode == 1
     assert "has no recurring run 'genie-champion' in experiment 'genie'" in gone.stderr
 
 
-def test_a_schedule_that_the_host_refuses_leaves_the_one_before(kubeflow: Kubeflow, tmp_path: Path) -> None:
-    assert schedule(kubeflow, "0 3 * * *", tmp_path).returncode == 0
+def test_a_schedule_that_the_host_refuses_leaves_the_one_before(kubeflow: Kubeflow, command: Command) -> None:
+    assert schedule(command, kubeflow, "0 3 * * *").returncode == 0
     kubeflow.refuses = "the cron schedule is invalid"
-    refused = schedule(kubeflow, "0 5 * * *", tmp_path)
+    refused = schedule(command, kubeflow, "0 5 * * *")
     assert refused.returncode == 1
     assert refused.stderr.startswith(f"pipelines: {kubeflow.url} did not take the schedule: ")
     assert "the cron schedule is invalid" in refused.stderr
@@ -152,12 +146,12 @@ def test_a_schedule_that_the_host_refuses_leaves_the_one_before(kubeflow: Kubefl
     ],
 )
 def test_a_wrong_expression_is_refused_before_anything_is_asked(
-    cron: str, problem: str, kubeflow: Kubeflow, tmp_path: Path
+    cron: str, problem: str, kubeflow: Kubeflow, command: Command
 ) -> None:
     with pytest.raises(ValueError, match=problem):
         kubeflow_cron(cron)
     if cron == "nightly":
-        done = schedule(kubeflow, cron, tmp_path)
+        done = schedule(command, kubeflow, cron)
         assert done.returncode == 1
         assert problem in done.stderr
         assert "e.g. '0 3 * * *'" in done.stderr

@@ -5,27 +5,25 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from components.find_world import find_world
+
 ROOT = Path(__file__).parents[2]
+Command = Callable[..., Any]  # conftest's
 STUDIES = ("lam_inputs", "tokenizers", "scaling")
 
 
-def pipelines(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-
-
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_compiles_with_a_typed_form(study: str, tmp_path: Path) -> None:
-    done = pipelines(
-        "compile", study, "--preset", "demo", "--seeds", "3", "4", "--set", "train_world.steps=9", cwd=tmp_path
-    )
+def test_a_study_compiles_with_a_typed_form(study: str, command: Command, tmp_path: Path) -> None:
+    done = command("compile", study, "--preset", "demo", "--seeds", "3", "4", "--set", "train_world.steps=9")
     assert (done.returncode, done.stderr) == (0, "")
     pipeline, _ = yaml.safe_load_all((tmp_path / "build" / f"{study}.yaml").read_text())
     form = pipeline["root"]["inputDefinitions"]["parameters"]
@@ -41,8 +39,8 @@ def test_a_study_compiles_with_a_typed_form(study: str, tmp_path: Path) -> None:
     assert report["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}, "whatever becomes of the cells"
 
 
-def test_cloning_takes_a_world_or_trains_one(tmp_path: Path) -> None:
-    done = pipelines("compile", "cloning", "--model", "gs://bucket/world", "--variant", "hard", cwd=tmp_path)
+def test_cloning_takes_a_world_or_trains_one(command: Command, tmp_path: Path) -> None:
+    done = command("compile", "cloning", "--model", "gs://bucket/world", "--variant", "hard")
     assert (done.returncode, done.stderr) == (0, "")
     pipeline, _ = yaml.safe_load_all((tmp_path / "build" / "cloning.yaml").read_text())
     form = pipeline["root"]["inputDefinitions"]["parameters"]
@@ -59,9 +57,11 @@ def test_cloning_takes_a_world_or_trains_one(tmp_path: Path) -> None:
     assert report["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}, "whatever becomes of the cells"
 
 
-def test_curation_trains_on_each_data_set_and_none_of_it_is_from_a_cache_of_uris(tmp_path: Path) -> None:
+def test_curation_trains_on_each_data_set_and_none_of_it_is_from_a_cache_of_uris(
+    command: Command, tmp_path: Path
+) -> None:
     given = ("--data", "gs://bucket/genie/datasets/video-1", "--labels", "gs://bucket/labels.json")
-    done = pipelines("compile", "curation", *given, "--set", "curation.threshold=0.9", cwd=tmp_path)
+    done = command("compile", "curation", *given, "--set", "curation.threshold=0.9")
     assert (done.returncode, done.stderr) == (0, "")
     pipeline, _ = yaml.safe_load_all((tmp_path / "build" / "curation.yaml").read_text())
     form = pipeline["root"]["inputDefinitions"]["parameters"]
@@ -78,6 +78,8 @@ def test_curation_trains_on_each_data_set_and_none_of_it_is_from_a_cache_of_uris
     for name in ("train-tokenizer", "train-world", "evaluate"):
         source = cells[name]["inputs"]["parameters"]["data_uri"]["taskOutputParameter"]
         assert source == {"outputParameterKey": "data_uri", "producerTask": "curate-2"}
+    digest = cells["evaluate"]["inputs"]["parameters"]["eval_digest"]
+    assert 'parseJson(string_value)["eval_digest"]' in digest["parameterExpressionSelector"], "of what is there now"
     assert tasks["report"]["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
 
 
@@ -99,25 +101,25 @@ def test_compiling_a_study_needs_no_torch() -> None:
         (["report", "lam_inputs", "--tracking-uri", "sqlite:///empty.db"], "no experiment 'genie'"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = pipelines(*arguments, cwd=tmp_path)
+def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], message: str, command: Command) -> None:
+    done = command(*arguments)
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
 
 
-def test_a_step_that_fails_before_the_cells_is_named_as_such(tmp_path: Path) -> None:
+def test_a_step_that_fails_before_the_cells_is_named_as_such(command: Command, tmp_path: Path) -> None:
     asked = ["run", "curation", "--preset", "tiny", "--data", "nowhere", "--labels", "nowhere.json", "--state", "state"]
-    done = pipelines(*asked, "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db", cwd=tmp_path)
+    done = command(*asked, "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db")
     assert done.returncode == 1
     assert "[train-curator] error: there is no data set at nowhere" in done.stdout
     (reason,) = done.stderr.splitlines()[-1:]
     assert reason.startswith("pipelines: cells or a step before them failed, for the reason above")
 
 
-def test_a_study_runs_cell_by_cell_and_is_reported_from_mlflow_alone(tmp_path: Path) -> None:
+def test_a_study_runs_cell_by_cell_and_is_reported_from_mlflow_alone(command: Command, tmp_path: Path) -> None:
     store = ["--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
     asked = ["run", "lam_inputs", "--preset", "tiny", "--variant", "pixels", "--variant", "tokens", "--state", "state"]
-    done = pipelines(*asked, "--seeds", "0", *store, cwd=tmp_path)
+    done = command(*asked, "--seeds", "0", *store)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("[train-world] done in") == 2
     assert "[report] done in" in done.stdout
@@ -140,18 +142,19 @@ def test_a_study_runs_cell_by_cell_and_is_reported_from_mlflow_alone(tmp_path: P
         assert len(cell.data.tags["dataset.eval.digest"]) >= 32
         assert "mlflow.source.git.commit" in cell.data.tags
 
-    made = pipelines("report", "lam_inputs", *store, cwd=tmp_path)
+    made = command("report", "lam_inputs", *store)
     assert made.returncode == 0, made.stderr
     assert "| tokens | 1 |" in made.stdout
     assert (tmp_path / "build" / "lam_inputs.md").read_text() in made.stdout
     assert "data:image/png;base64," in (tmp_path / "build" / "lam_inputs.html").read_text()
 
-    again = pipelines(*asked, "--seeds", "0", *store, cwd=tmp_path)
+    again = command(*asked, "--seeds", "0", *store)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("done in") == again.stdout.count("[report] done in") == 1
     assert len(client.search_runs([experiment.experiment_id])) == len(runs)
 
-    more = pipelines(*asked, "--seeds", "0", "1", *store, cwd=tmp_path)
+    asked = ["run", "lam_inputs", "--preset", "tiny", "--variant", "tokens", "--state", "state"]
+    more = command(*asked, "--seeds", "1", *store)
     assert more.returncode == 0, more.stdout + more.stderr
     kept = client.get_run(study.info.run_id)
     assert kept.info.status == "FINISHED"
@@ -160,8 +163,8 @@ def test_a_study_runs_cell_by_cell_and_is_reported_from_mlflow_alone(tmp_path: P
 
 def test_a_stop_ends_all_cells_those_too_that_have_not_begun(tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    command = [sys.executable, "-m", "pipelines", "run", "lam_inputs", "--preset", "tiny", "--tracking-uri", store]
-    command += ["--seeds", "0", "1", "2", "--set", "train_world.steps=1000000"]
+    command = [sys.executable, "-m", "pipelines", "run", "scaling", "--preset", "tiny", "--tracking-uri", store]
+    command += ["--seeds", "0", "--set", "train_world.steps=1000000"]  # its cells share a tokenizer
     process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     client = MlflowClient(store)
 
@@ -182,13 +185,20 @@ def test_a_stop_ends_all_cells_those_too_that_have_not_begun(tmp_path: Path) -> 
     assert "KILLED" in {run.info.status for run in trainings()}
 
 
-def test_cloning_runs_on_a_trained_world_and_is_reported(tmp_path: Path, tiny_model_uri: str) -> None:
+def test_a_world_that_is_not_there_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # for MLflow's files
+    where = {"root_uri": "here", "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "genie"}
+    with pytest.raises(SystemExit):
+        find_world.python_func(preset="tiny", overrides=[], **where, model_uri="nowhere", study={"name": "cloning"})
+    assert "[find-world] error: no model at nowhere" in capsys.readouterr().err
+
+
+def test_cloning_runs_on_a_trained_world_and_is_reported(command: Command, tmp_path: Path, tiny_model_uri: str) -> None:
     store = ["--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
     asked = ["run", "cloning", "--preset", "tiny", "--variant", "easy", "--seeds", "0", "--state", "state"]
-    failed = pipelines(*asked, "--model", "nowhere", *store, cwd=tmp_path)
-    assert failed.returncode == 1
-    assert "[find-world] error: no model at nowhere" in failed.stdout
-    done = pipelines(*asked, "--model", tiny_model_uri, *store, cwd=tmp_path)
+    done = command(*asked, "--model", tiny_model_uri, *store)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "train-world" not in done.stdout
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,11 +38,7 @@ def host(status: int, body: str, content_type: str = "text/html") -> Iterator[st
         server.server_close()
 
 
-def submit(url: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines", "submit", "coinrun", "--preset", "tiny", "--root", "gs://b/genie"]
-    return subprocess.run(
-        [*command, "--host", url], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
-    )
+SUBMIT = ("submit", "coinrun", "--preset", "tiny", "--root", "gs://b/genie", "--host")
 
 
 @pytest.mark.parametrize(
@@ -59,10 +53,10 @@ def submit(url: str, folder: Path) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_host_that_is_no_kubeflow_is_told_in_one_line(
-    status: int, body: str, content_type: str, tmp_path: Path
+    status: int, body: str, content_type: str, command: Callable[..., Any]
 ) -> None:
     with host(status, body, content_type) as url:
-        done = submit(url, tmp_path)
+        done = command(*SUBMIT, url)
     assert done.returncode == 1
     assert done.stderr.startswith(f"pipelines: {url} ")
     assert done.stderr.count("\n") == 1
@@ -72,17 +66,17 @@ def test_a_host_that_is_no_kubeflow_is_told_in_one_line(
         assert "check --host, e.g. http://localhost:8080 after `kubectl port-forward" in done.stderr
 
 
-def test_a_host_without_a_scheme_is_told_so(tmp_path: Path) -> None:
-    done = submit("localhost:8080", tmp_path)
+def test_a_host_without_a_scheme_is_told_so(command: Callable[..., Any]) -> None:
+    done = command(*SUBMIT, "localhost:8080")
     assert done.returncode == 1
     assert done.stderr == "pipelines: --host localhost:8080 is no URL: it begins with http:// or https://\n"
 
 
-def test_the_run_that_the_host_started_is_named(tmp_path: Path) -> None:
+def test_the_run_that_the_host_started_is_named(command: Callable[..., Any]) -> None:
     experiment = '{"experiment_id": "e1", "display_name": "genie"}'
     with host(
         200, f'{{"multi_user": false, "experiments": [{experiment}], "run_id": "r1"}}', "application/json"
     ) as url:
-        done = submit(url, tmp_path)
+        done = command(*SUBMIT, url)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == f"[genie] run r1: {url}/#/runs/details/r1"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
 from genie_model.tracking import register, step
 
+Command = Callable[..., Any]  # conftest's
 GOOD = {"delta_psnr_t4": 1.0, "delta_psnr_t4_ci95": 0.3, "lam_action_usage": 1.0, "rollout_psnr_t1": 20.0}
 
 
@@ -32,68 +33,65 @@ def registered(model_uri: str, data_uri: str, *versions: dict[str, float], champ
         run.client.set_registered_model_alias("genie", "champion", champion)
 
 
-def pipelines(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipelines", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-
-
 def aliases(store: str) -> dict[str, str]:
     return {alias: str(n) for alias, n in MlflowClient(store).get_registered_model("genie").aliases.items()}
 
 
-def test_promotion_tried_done_and_taken_back(store: str, tiny_model_uri: str, tiny_data_uri: str) -> None:
+def test_promotion_tried_done_and_taken_back(
+    command: Command, store: str, tiny_model_uri: str, tiny_data_uri: str
+) -> None:
     registered(tiny_model_uri, tiny_data_uri, {}, {"delta_psnr_t4": 2.0}, champion="1")
     root = str(Path(tiny_data_uri).parents[1])  # the levels lie there
     asked = ["run", "promotion", "--preset", "tiny", "--root", root, "--state", "state"]
 
-    tried = pipelines(*asked, "--version", "2", "--dry-run")
+    tried = command(*asked, "--version", "2", "--dry-run")
     assert tried.returncode == 0, tried.stdout + tried.stderr
     assert "genie version 2 dry run, nothing changed: promoted: better" in tried.stdout
     assert aliases(store) == {"champion": "1"}
 
-    done = pipelines(*asked)
+    done = command(*asked)
     assert done.returncode == 0, done.stdout + done.stderr
     assert aliases(store) == {"champion": "2", "previous": "1"}
     names = {run.info.run_name for run in MlflowClient(store).search_runs(["1"])}
     assert any(name.startswith("promotion-tiny-") for name in names), "a pipeline's run of its own"
 
-    back = pipelines("run", "rollback", "--state", "state")
+    back = command("run", "rollback", "--state", "state")
     assert back.returncode == 0, back.stdout + back.stderr
     assert "champion went from version 2 back to 1; previous: none" in back.stdout
     assert aliases(store) == {"champion": "1"}
 
-    assert pipelines(*asked).stdout.count("refused: it was rolled back on") == 1
+    assert command(*asked).stdout.count("refused: it was rolled back on") == 1
     assert aliases(store) == {"champion": "1"}
 
 
-def test_rollback_is_one_command(store: str, tiny_model_uri: str, tiny_data_uri: str) -> None:
+def test_rollback_is_one_command(command: Command, store: str, tiny_model_uri: str, tiny_data_uri: str) -> None:
     registered(tiny_model_uri, tiny_data_uri, {}, {}, champion="2")
     MlflowClient(store).set_registered_model_alias("genie", "previous", "1")
-    tried = pipelines("rollback", "--dry-run")
+    tried = command("rollback", "--dry-run")
     assert (tried.returncode, tried.stderr) == (0, "")
     assert "champion would go from version 2 back to 1" in tried.stdout
     assert aliases(store) == {"champion": "2", "previous": "1"}
-    assert pipelines("rollback", "--tracking-uri", store).returncode == 0
+    assert command("rollback", "--tracking-uri", store).returncode == 0
     assert aliases(store) == {"champion": "1"}
-    again = pipelines("rollback")
+    again = command("rollback")
     assert again.returncode == 1
     assert again.stderr.startswith("pipelines: there is nothing to go back to")
     assert again.stderr.count("\n") == 1
 
 
 def test_the_champion_s_check_fails_loudly_and_keeps_its_figures(
-    store: str, tiny_model_uri: str, tiny_data_uri: str
+    command: Command, store: str, tiny_model_uri: str, tiny_data_uri: str
 ) -> None:
     low, high = ({"delta_psnr_t4": by, "rollout_psnr_t1": by} for by in (-99.0, 99.0))
     registered(tiny_model_uri, tiny_data_uri, low, high, champion="1")
     asked = ["run", "champion", "--preset", "tiny", "--state", "state"]
-    held = pipelines(*asked)
+    held = command(*asked)
     assert held.returncode == 0, held.stdout + held.stderr
     assert "[verdict] done in" in held.stdout
 
     client = MlflowClient(store)
     client.set_registered_model_alias("genie", "champion", "2")
-    failed = pipelines(*asked, "--known-levels")
+    failed = command(*asked, "--known-levels")
     assert failed.returncode == 1
     assert "[verdict] genie version 2 is worse than it was: delta_psnr_t4 " in failed.stdout
     assert "[check-champion] done in" in failed.stdout
@@ -127,11 +125,10 @@ def test_the_champion_s_check_fails_loudly_and_keeps_its_figures(
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], message: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    done = pipelines(*arguments)
+    done = command(*arguments)
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -33,7 +33,7 @@ SET = [
 ]
 
 
-def test_from_files_to_champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_files_to_champion(command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GENIE_CACHE_DIR", str(tmp_path / "cache"))
     videos, root = tmp_path / "videos", str(tmp_path / "state")
     videos.mkdir()
@@ -49,10 +49,10 @@ def test_from_files_to_champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     data_uri = ingest(get_preset("tiny").with_overrides(*SET), str(videos), root)
     label(videos, data_uri, str(tmp_path / "labels.json"), count=100, seed=0)
 
-    command = [sys.executable, "-m", "pipelines", "run", "video", "--preset", "tiny", "--state", "state"]
-    command += ["--source", str(videos), "--labels", str(tmp_path / "labels.json")]
-    command += ["--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db", *(w for s in SET for w in ("--set", s))]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    asked = ["run", "video", "--preset", "tiny", "--state", "state"]
+    asked += ["--source", str(videos), "--labels", str(tmp_path / "labels.json")]
+    asked += ["--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db", *(w for s in SET for w in ("--set", s))]
+    done = command(*asked)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "24 clips of 14 videos" in done.stdout
 

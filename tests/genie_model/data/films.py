@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from collections.abc import Iterator
@@ -76,6 +77,14 @@ class Deadly(Video):
 
     def frames(self, framing: Framing, note: Note = no_note) -> Iterator[NDArray[np.uint8]]:
         os.kill(os.getpid(), signal.SIGKILL)
+        yield from ()
+
+
+class Hanging(Video):
+    """A video whose decoder hangs in C and, at worst, lets no thread of Python run."""
+
+    def frames(self, framing: Framing, note: Note = no_note) -> Iterator[NDArray[np.uint8]]:
+        ctypes.PyDLL(None).sleep(1000)
         yield from ()
 
 

@@ -14,13 +14,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
 pytest.importorskip("av", reason="PyAV (the video extra) is not installed")
 
-from films import PQ, Deadly, film, sound
+from films import PQ, Deadly, Hanging, film, sound
 
+from genie_model import cache
 from genie_model.data import clipping
 from genie_model.data.ingest import ingest
 from genie_model.data.opt_out import OptOuts, opt_out
@@ -64,8 +66,8 @@ def videos(tmp_path_factory):
 
 
 def contents(data_uri):
-    """Digest of every file."""
-    paths = sorted(path for path in Path(data_uri).rglob("*") if path.is_file())
+    """Digest of every file, but for what a killed writer leaves."""
+    paths = sorted(path for path in Path(data_uri).rglob("*") if path.is_file() and path.suffix != ".tmp")
     return {str(path.relative_to(data_uri)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
@@ -249,6 +251,36 @@ def test_a_row_that_names_no_file_costs_that_row_alone(videos, tmp_path, threads
     }  # fmt: skip
 
 
+class DeadStore(fsspec.AbstractFileSystem):
+    """A bucket that still lists what it has, and gives and takes nothing."""
+
+    protocol = "dead"
+
+    def ls(self, path, detail=True, **kwargs):
+        found = [
+            {"name": f"bucket/{n}.mp4", "size": 9, "type": "file"} for n in range(8) if path.strip("/") == "bucket"
+        ]
+        return found if detail else [info["name"] for info in found]
+
+    def _open(self, path, mode="rb", **kwargs):
+        raise ConnectionError("no answer")
+
+
+def test_a_dead_bucket_costs_its_own_videos_and_a_dead_root_the_run(videos, tmp_path, threads, monkeypatch):
+    monkeypatch.setattr(cache, "_WAITS", (0.0,))
+    fsspec.register_implementation("dead", DeadStore, clobber=True)
+    rows = ["uri", *(f"{videos}/good{n}.mp4" for n in range(9)), "dead://bucket/a.mp4"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    data_uri = ingest(CONFIG, f"{tmp_path}/list.csv", str(tmp_path))
+    line = report(data_uri)["dead://bucket/a.mp4"]
+    assert line["reason"] == "unreachable"
+    assert "could not be read in 2 tries, the last: ConnectionError('no answer')" in line["detail"]
+    with pytest.raises(OSError, match="no answer"):
+        ingest(CONFIG, f"{tmp_path}/list.csv", "dead://bucket/root")
+    with pytest.raises(OSError, match="could not be read in 2 tries"):  # it is the source itself
+        ingest(CONFIG, "dead://bucket", f"{tmp_path}/prefix")
+
+
 def test_a_clip_shorter_than_training_s(videos, tmp_path):
     with pytest.raises(ValueError, match=r"has 10 frames, and training takes data\.clip_length=16"):
         ingest(CONFIG.with_overrides("ingest.clip_seconds=1", "data.clip_length=16"), str(videos), str(tmp_path))
@@ -256,8 +288,6 @@ def test_a_clip_shorter_than_training_s(videos, tmp_path):
 
 def test_a_bucket(videos, tmp_path, threads):
     """From a bucket to a bucket; the same clips."""
-    import fsspec
-
     fs = fsspec.filesystem("memory")
     fs.put(str(videos), "/ingest-source", recursive=True)
     data_uri = ingest(CONFIG, "memory://ingest-source", "memory://ingest-root")
@@ -332,18 +362,19 @@ def test_kill_9(videos, tmp_path, threads):
     assert contents(data_uri) == contents(ingest(CONFIG, str(videos), f"{tmp_path}/whole"))
 
 
-def test_a_video_that_ends_its_process(videos, tmp_path):
+def test_a_video_that_ends_its_process_or_hangs_in_it(videos, tmp_path):
     """Those beside it are made as ever."""
     good = [FileVideo(f"good{n}", f"{videos}/good{n}.mp4") for n in range(4)]
-    listed = [good[0], Deadly("deadly", "nowhere"), *good[1:]]
-    rules = clipping.Rules(Framing(10.0, 32, 48), CLIP, 1.6, "zstd", 18, OptOuts.of([]))
+    listed = [good[0], Deadly("deadly", "nowhere"), good[1], Hanging("hanging", "nowhere"), *good[2:]]
+    rules = clipping.Rules(Framing(10.0, 32, 48), CLIP, 1.6, "zstd", 18, OptOuts.of([]), stall_seconds=3)
     with clipping.Crew(rules, 2, tmp_path) as crew:
         found = {
             video.id: (outcome.clips, outcome.rejected and outcome.rejected.reason, len(list(outcome.read())))
             for video, outcome in crew.outcomes(iter(listed), lambda video: None)
         }
-    assert list(found) == ["good0", "deadly", "good1", "good2", "good3"]
+    assert list(found) == ["good0", "deadly", "good1", "hanging", "good2", "good3"]
     assert found.pop("deadly") == (0, "crashed", 0)
+    assert found.pop("hanging") == (0, "stalled", 0)
     assert list(found.values()) == [(n + 1, None, n + 1) for n in range(4)]
 
 
@@ -351,7 +382,7 @@ def test_a_list_of_any_length_is_read_as_it_goes(videos, tmp_path, threads):
     """What is decoded is a few videos ahead of what is written, however many follow."""
     asked = itertools.count()
     endless = (FileVideo(f"{next(asked)}", f"{videos}/good0.mp4") for _ in itertools.repeat(None))
-    rules = clipping.Rules(Framing(10.0, 32, 48), CLIP, 1.6, "zstd", 18, OptOuts.of([]))
+    rules = clipping.Rules(Framing(10.0, 32, 48), CLIP, 1.6, "zstd", 18, OptOuts.of([]), stall_seconds=60)
     with clipping.Crew(rules, 2, tmp_path) as crew:
         for _, outcome in itertools.islice(crew.outcomes(endless, lambda video: None), 40):
             outcome.forget()

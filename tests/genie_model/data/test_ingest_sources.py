@@ -90,6 +90,9 @@ def test_what_is_no_source(tmp_path):
     (tmp_path / "list.csv").write_text("title\nA\n")
     with pytest.raises(ValueError, match="row 1 has no uri or path"):
         list(videos_at(f"{tmp_path}/list.csv"))
+    (tmp_path / "list.csv").write_text("id,path\nx,a.mp4\n,b.mp4\nx,c.mp4\nb.mp4,d.mp4\n")
+    with pytest.raises(ValueError, match=r"rows 1, 3 have the same id, x: give each"):
+        list(videos_at(f"{tmp_path}/list.csv"))
     (tmp_path / "list.csv").write_bytes(b"path\n\xff\xfe.mp4\n")
     with pytest.raises(ValueError, match="is no CSV in UTF-8"):
         list(videos_at(f"{tmp_path}/list.csv"))

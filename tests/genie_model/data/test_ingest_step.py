@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,13 +44,18 @@ def test_the_command(videos, tmp_path, capsys):
     assert "there is no folder or manifest" in capsys.readouterr().err
 
 
-def test_the_step(videos, tmp_path):
+def test_the_step(videos, tmp_path, capsys):
     server = f"sqlite:///{tmp_path}/mlflow.db"
     card, metrics = dsl.HTML(uri=str(tmp_path / "card")), dsl.Metrics(uri=str(tmp_path / "metrics"))
-    data_uri, digest = component.python_func(
-        source_uri=str(videos), preset="tiny", overrides=SHORT, root_uri=str(tmp_path), tracking_uri=server,
-        experiment="videos", card=card, metrics=metrics, study={"pipeline": "video"},
+    step = functools.partial(
+        component.python_func, source_uri=str(videos), preset="tiny", overrides=SHORT, root_uri=str(tmp_path),
+        tracking_uri=server, experiment="videos", card=card, metrics=metrics, study={"pipeline": "video"},
     )  # fmt: skip
+    with pytest.raises(SystemExit):
+        step(prompts_uri=str(videos))
+    assert "prompts need at least 2" in capsys.readouterr().err
+    assert not (tmp_path / "datasets").exists(), "pictures for the last steps are looked at first"
+    data_uri, digest = step()
     assert "Data set card" in (tmp_path / "card").read_text()
     assert metrics.metadata == {"videos": 5, "clips": 8, "hours": pytest.approx(8 * 1.6 / 3600), "empty": 1}
     assert json.loads((tmp_path / "metrics").read_text()) == metrics.metadata
