@@ -32,9 +32,10 @@ from genie_model.backend.graphs import prepare_play
 from genie_model.backend.processes import Native
 from genie_model.chance import Chance
 from genie_model.checkpoint import save_model
-from genie_model.config import Config, ParallelConfig, StageConfig
+from genie_model.config import Config, StageConfig
 from genie_model.data.loader import Batch
 from genie_model.genie import Genie
+from genie_model.layers import sublayers
 from genie_model.speed import TRAINING_ROWS, matmul_rate, seconds_of
 
 _FIRST_FRAME = """
@@ -114,7 +115,7 @@ def training_step(
 ) -> Callable[[], None]:
     shape = (stage.batch_size, config.data.clip_length, *config.frame_shape)
     batch = Batch(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), codes_BTNC)
-    backend, steps = Native(ParallelConfig()), itertools.count()
+    backend, steps = Native(config.parallel), itertools.count()
     optimizers = backend.prepare(module, stage)
 
     def run() -> None:
@@ -143,8 +144,15 @@ def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]
         if cached_tokens:
             shape = (stage.batch_size, clip, genie.tokenizer.num_patches, config.tokenizer.codes_per_patch)
             codes_BTNC = np.random.default_rng(0).integers(config.tokenizer.codebook.num_codes, size=shape)
-        step = training_step(module, config, stage, codes_BTNC)
-        return measure(name, what, step, stage.batch_size * clip, TRAINING_ROWS)
+        plain = config.with_overrides("parallel.compile=false")
+        step = training_step(module, plain, stage, codes_BTNC)
+
+        def prepare() -> None:
+            if config.parallel.compile:  # not before: what runs while FLOPs are counted is never compiled
+                for sublayer in sublayers(module):
+                    sublayer.compile()
+
+        return measure(name, what, step, stage.batch_size * clip, TRAINING_ROWS, prepare)
 
     def tokenize(what: str, stage: StageConfig) -> Line:
         tokenizer = model().tokenizer.to(native.device()).eval()
@@ -158,7 +166,8 @@ def lines(name: str, config: Config) -> Iterator[tuple[str, Callable[[], Line]]]
         return measure(name, what, run, stage.batch_size * clip, TRAINING_ROWS)
 
     def play(what: str, steps: int) -> Line:
-        genie = model()
+        torch.manual_seed(0)
+        genie = Genie(config)  # of its own: FLOPs are counted before it is prepared
         sampling = config.sampling.model_copy(update={"maskgit_steps": steps})
         genie.config = config.model_copy(update={"sampling": sampling})
         genie.to(native.device()).eval()

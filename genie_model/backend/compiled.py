@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,7 +123,9 @@ def _compile(look: _Look, example: tuple[Tensor, ...], path: Path) -> None:
         torch.no_grad(),
         bar(desc="compiled for play", unit="transformer", total=1) as compiled,
         tempfile.TemporaryDirectory(dir=path.parent) as folder,
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, of itself
         program = torch.export.export(look.eval(), example)
         made = aoti_compile_and_package(program, package_path=f"{folder}/look.pt2", inductor_configs=options)
         os.replace(made, path)

@@ -28,6 +28,7 @@ def prepare_play(genie: Genie) -> None:
         patches = genie.tokenizer.num_patches
         tokens = patches + (genie.config.dynamics.action == "token")
         for part, rows in ((genie.dynamics.transformer, tokens), (genie.tokenizer.decoder, patches)):
+            part.__dict__.pop("through", None)  # of a model that was prepared before
             part.through = CompiledFrame(part, rows, sampling.precision)  # type: ignore[method-assign]
 
 
