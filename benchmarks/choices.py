@@ -123,7 +123,7 @@ COLUMNS = {
 
 def run(config: Config, data_uri: str, root_uri: str, held_out: HeldOut, sampling_alone: bool) -> dict[str, float]:
     tokenizer_uri = train_tokenizer(config, data_uri, root_uri)
-    genie = load_model(train_world(config, data_uri, tokenizer_uri, root_uri))
+    genie = load_model(train_world(config, data_uri, tokenizer_uri, root_uri), config.sampling)
     genie.config = config
     found = measure_play(config, genie, held_out) if sampling_alone else measure(config, genie, held_out).metrics
     found |= {"detail_t128": detail_left(genie, held_out)}

@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks.__main__ import machine
 from genie_model import pictures
-from genie_model.checkpoint import load_model
+from genie_model.checkpoint import load_config, load_model
 from genie_model.genie import Genie
 from genie_model.progress import bar
 
@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/long_session"))
     arguments = parser.parse_args()
     try:
-        genie = load_model(arguments.model)
-        genie.config = genie.config.with_overrides(*arguments.overrides)
+        config = load_config(arguments.model).with_overrides(*arguments.overrides)
+        genie = load_model(arguments.model, config.sampling)
     except ValueError as error:
         parser.error(str(error))
     starts = sorted(Path(arguments.model, "start_frames").glob("*.png"))[: arguments.worlds]

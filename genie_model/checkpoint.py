@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from genie_model import collectives, files
 from genie_model.backend import native
 from genie_model.backend.graphs import prepare_play
-from genie_model.config import Config
+from genie_model.config import Config, SamplingConfig
 from genie_model.genie import Genie
 from genie_model.tokenizer import VideoTokenizer
 
@@ -72,13 +72,16 @@ def is_model(uri: str) -> bool:
     return files.exists(f"{uri}/{CONFIG}")
 
 
-def load_model(uri: str) -> Genie:
-    """The model in evaluation mode, on the accelerator if there is one.
+def load_model(uri: str, sampling: SamplingConfig | None = None) -> Genie:
+    """The model in evaluation mode, on the accelerator if there is one, prepared to be played with this sampling, by
+    default its own.
 
     Raises ValueError that says what is missing or broken.
     """
     native.keep_freed_memory()
     genie = _untrained(uri)
+    if sampling:
+        genie.config = genie.config.model_copy(update={"sampling": sampling})
     load_weights(genie, f"{uri}/{WEIGHTS}")
     prepare_play(genie.to(native.device()))
     return genie.eval()

@@ -86,8 +86,7 @@ def evaluate(config: Config, model_uri: str, data_uri: str, log: RunLog = NoLog(
     frames into the model's folder. Raises ValueError when model or data are missing or broken, or too few for what is
     asked.
     """
-    genie = load_model(model_uri)
-    genie.config = genie.config.model_copy(update={"sampling": config.sampling})
+    genie = load_model(model_uri, config.sampling)
     held_out = HeldOut.open(f"{data_uri}/eval", config.evaluation.clips, genie.config.frame_shape)
     evaluation = measure(config, genie, held_out)
     save_start_frames(model_uri, held_out, genie)

@@ -97,8 +97,7 @@ def play_prompts(config: Config, model_uri: str, images_uri: str = "", log: RunL
     Frames are sampled as `config.sampling` says, pictures fitted as `config.prompts` does. The model's own start
     frames, where it has some, are measured beside them. Raises ValueError when model or pictures are missing or broken.
     """
-    genie = load_model(model_uri)
-    genie.config = genie.config.model_copy(update={"sampling": config.sampling})
+    genie = load_model(model_uri, config.sampling)
     height, width, _ = genie.config.frame_shape
     played = measure(config, genie, Prompts.read(images_uri, height, width, config.prompts.aspect))
     starts_uri = f"{model_uri.rstrip('/')}/start_frames"

@@ -54,12 +54,14 @@ class CompiledFrame:
         # The program reads these in place, so they are kept.
         self._weights = {name: weights[name].detach() for name in program.get_constant_fqns()}
         program.load_constants(self._weights, False, True, True)  # all of them, which the caller keeps
-        self._run = program.boxed_run
+        self._run, self._in_bf16 = program.boxed_run, precision == "bf16"
 
     def __call__(self, x_BTND: Tensor, cache: TemporalCache | None, commit: bool, sublayers: int) -> Tensor:
         B, T = x_BTND.shape[:2]
         if cache is None or T > 1:
             return STTransformer.through(self._transformer, x_BTND, cache, commit, sublayers)
+        # It reads rings as what they were when it was compiled.
+        assert torch.is_autocast_enabled("cpu") == self._in_bf16, "the model was prepared for another precision"
         self._transformer.time(x_BTND.device, B, T, cache)
         if not cache.rings:
             cache.rings = {
@@ -120,7 +122,14 @@ def _program(shape: dict[str, Any]) -> Any:
             return _loaded(path)
         except RuntimeError:  # cut off by a crash, or made for another C library
             path.unlink(missing_ok=True)
-    _compile(shape, path)
+    try:
+        _compile(shape, path)
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(
+            f"sampling.compile on a CPU keeps programs in {path.parent}, which cannot be written ({why}): set "
+            "GENIE_CACHE_DIR, or sampling.compile=false"
+        ) from None
     return _loaded(path)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genie_model.backend.graphs import prepare_play
+from genie_model.checkpoint import load_model, save_model
 from genie_model.genie import Genie, PlayState
 from genie_model.presets import get_preset
 
@@ -79,9 +80,30 @@ def test_a_compiled_world_is_the_eager_one_and_the_same_alone_beside_others_and_
         assert all(map(torch.equal, kept, again))
 
 
-def test_without_a_compiler_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_or_a_place_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GENIE_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-compiler")
     with pytest.raises(ValueError, match=r"install g\+\+"):
         prepare_play(model())
     assert not list((tmp_path / "compiled").iterdir())
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GENIE_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"cannot be written .*set GENIE_CACHE_DIR"):
+        prepare_play(model())
+
+
+def test_a_model_is_prepared_for_the_sampling_that_is_asked_for_not_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiled: Genie
+) -> None:
+    monkeypatch.setenv("GENIE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-compiler")
+    save_model(f"{tmp_path}/model", model())
+    with pytest.raises(ValueError, match=r"install g\+\+"):
+        load_model(f"{tmp_path}/model")
+    asked = CONFIG.with_overrides("sampling.compile=false", "sampling.precision=bf16").sampling
+    assert load_model(f"{tmp_path}/model", asked).config.sampling == asked
+
+    state = compiled.start(torch.zeros(1, 1, *CONFIG.frame_shape, dtype=torch.uint8))
+    monkeypatch.setattr(compiled, "config", CONFIG.with_overrides("sampling.precision=bf16"))
+    with pytest.raises(AssertionError, match="another precision"):
+        compiled.step(state, torch.tensor([1]))
