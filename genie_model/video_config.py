@@ -27,7 +27,7 @@ class IngestConfig(ConfigNode):
     opt_out: str = Field("", description="URI of a list in opt_out.txt's form: what stays out from the beginning")
     max_pixels: int = Field(8192 * 4320, ge=1, description="of a source frame; larger ones are rejected")
     stall_seconds: float = Field(
-        600.0, gt=0, description="without a clip, after which a video's process is ended: its decoder hangs"
+        600.0, gt=0, le=86_400, description="without a clip, after which a video's process is ended: its decoder hangs"
     )
     workers: int = Field(0, ge=0, description="processes; 0: one for each core. They decide no bytes")
     seed: int = Field(0, ge=0)
