@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ class CompiledFrame:
         self._weights = {name: weights[name].detach() for name in program.get_constant_fqns()}
         program.load_constants(self._weights, False, True, True)  # all of them, which the caller keeps
         self._run, self._in_bf16 = program.boxed_run, precision == "bf16"
+        self._one_at_a_time = threading.Lock()  # a second thread would wait in it with Python's lock in hand, for ever
 
     def __call__(self, x_BTND: Tensor, cache: TemporalCache | None, commit: bool, sublayers: int) -> Tensor:
         B, T = x_BTND.shape[:2]
@@ -69,7 +71,8 @@ class CompiledFrame:
             }
         # The stream between sublayers is float32: norms of bfloat16 are compiled without vector instructions.
         frames = enumerate(x_BTND.float().contiguous())
-        y_BTND = torch.cat([self._run([x_1ND[None], *_past(cache, world)])[0] for world, x_1ND in frames])
+        with self._one_at_a_time:
+            y_BTND = torch.cat([self._run([x_1ND[None], *_past(cache, world)])[0] for world, x_1ND in frames])
         if commit:  # the look has written the frame's keys and values in their places
             cache.positions, cache.next = [position + 1 for position in cache.positions], None
         return y_BTND

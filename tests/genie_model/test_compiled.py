@@ -2,6 +2,7 @@
 
 import shutil
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,14 @@ def test_a_compiled_world_is_the_eager_one_and_the_same_alone_beside_others_and_
     compiled.remember(state)
     for kept, again in zip(state.dynamics.rings.values(), left.dynamics.rings.values(), strict=True):
         assert all(map(torch.equal, kept, again))
+
+
+def test_threads_play_it_at_the_same_time(compiled: Genie) -> None:
+    start = compiled.start(torch.zeros(1, 1, *CONFIG.frame_shape, dtype=torch.uint8))
+    alone = play(compiled, start.fork())
+    with ThreadPoolExecutor(3) as threads:
+        for found in threads.map(lambda _: play(compiled, start.fork()), range(12)):
+            assert all(map(torch.equal, alone, found))
 
 
 def test_without_a_compiler_or_a_place_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -376,6 +376,9 @@ def test_a_video_that_ends_its_process_or_hangs_in_it(videos, tmp_path):
     assert found.pop("deadly") == (0, "crashed", 0)
     assert found.pop("hanging") == (0, "stalled", 0)
     assert list(found.values()) == [(n + 1, None, n + 1) for n in range(4)]
+    for never in ("inf", "1e12"):  # what no timer takes would end the run
+        with pytest.raises(ValueError, match="stall_seconds"):
+            CONFIG.with_overrides(f"ingest.stall_seconds={never}")
 
 
 def test_a_list_of_any_length_is_read_as_it_goes(videos, tmp_path, threads):
