@@ -221,7 +221,7 @@ class STTransformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, window: int, attention: AttentionKind = "factorized") -> None:
         super().__init__()
-        self.config, self.window = config, window
+        self.config, self.window, self.attention = config, window, attention
         sublayers: list[nn.Module] = []
         for i in range(config.num_layers):
             if attention == "spatial":

@@ -1,12 +1,12 @@
 """Play compiled on a CPU is the eager one's up to rounding, and each world's bits are its own."""
 
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch._inductor import config as inductor
 
 from genie_model.backend.graphs import prepare_play
 from genie_model.genie import Genie, PlayState
@@ -29,9 +29,18 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Genie:
         patch.setenv("GENIE_CACHE_DIR", str(folder := tmp_path_factory.mktemp("cache")))
         genie = model()
         prepare_play(genie)
-        assert len(list((folder / "compiled").iterdir())) == 1
-        with inductor.patch({"cpp.cxx": ("no-compiler",)}):
-            prepare_play(model())  # from then on, no compiler is needed
+        (made,) = (folder / "compiled").iterdir()
+        patch.setenv("CXX", "no-compiler")
+        other = model()
+        prepare_play(other)  # from then on, no compiler is needed
+        part = weakref.ref(other.dynamics.transformer)
+        del other
+        assert part() is None  # a version that nobody plays leaves memory at once
+        whole = made.read_bytes()
+        made.write_bytes(whole[: len(whole) // 2])  # by a machine that went down
+        with pytest.raises(ValueError, match=r"install g\+\+"):
+            prepare_play(model())  # it would be made again
+        assert not made.exists()
     return genie
 
 
@@ -72,5 +81,7 @@ def test_a_compiled_world_is_the_eager_one_and_the_same_alone_beside_others_and_
 
 def test_without_a_compiler_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GENIE_CACHE_DIR", str(tmp_path))
-    with inductor.patch({"cpp.cxx": ("no-compiler",)}), pytest.raises(ValueError, match=r"install g\+\+"):
+    monkeypatch.setenv("CXX", "no-compiler")
+    with pytest.raises(ValueError, match=r"install g\+\+"):
         prepare_play(model())
+    assert not list((tmp_path / "compiled").iterdir())
