@@ -60,12 +60,13 @@ def training_cost(module: nn.Module, config: Config, batch_size: int, precision:
 
 @torch.no_grad()
 def play_flops(genie: Genie, config: Config) -> int:
-    """Of one played frame behind a full window of history, all MaskGIT steps and the picture included."""
+    """Of one played frame behind a full window of history: all MaskGIT steps, the picture, and its becoming past."""
     genie.eval()
     frames_BTHWC = torch.zeros(1, config.data.clip_length - 1, *config.frame_shape, dtype=torch.uint8)
     state = genie.start(frames_BTHWC)
     with FlopCounterMode(display=False) as counter:
         genie.advance(state, torch.zeros(1, dtype=torch.long), config.sampling)
+        genie.remember(state)
     flops: int = counter.get_total_flops()
     return flops
 
