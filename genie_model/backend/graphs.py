@@ -20,15 +20,19 @@ _KEPT = 64  # graphs; of more, those not used for longest are forgotten
 
 
 def prepare_play(genie: Genie) -> None:
-    """Of a model that lies where it is to be played. Raises ValueError where `sampling.compile` cannot be."""
+    """Of a model that lies where it is to be played, as its weights and its config's sampling now are.
+
+    Raises ValueError where `sampling.compile` cannot be.
+    """
     sampling = genie.config.sampling
     if genie.device.type == "cuda":
         genie.launch = GraphLauncher(genie)
-    elif sampling.compile:
-        patches = genie.tokenizer.num_patches
-        tokens = patches + (genie.config.dynamics.action == "token")
-        for part, rows in ((genie.dynamics.transformer, tokens), (genie.tokenizer.decoder, patches)):
-            part.__dict__.pop("through", None)  # of a model that was prepared before
+        return
+    patches = genie.tokenizer.num_patches
+    tokens = patches + (genie.config.dynamics.action == "token")
+    for part, rows in ((genie.dynamics.transformer, tokens), (genie.tokenizer.decoder, patches)):
+        part.__dict__.pop("through", None)  # it may have been prepared for another sampling
+        if sampling.compile:
             part.through = CompiledFrame(part, rows, sampling.precision)  # type: ignore[method-assign]
 
 

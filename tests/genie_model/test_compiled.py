@@ -35,6 +35,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Genie:
         patch.setenv("CXX", "no-compiler")
         other = model()
         prepare_play(other)  # from then on, no compiler is needed
+        other.config = other.config.with_overrides("sampling.compile=false")
+        prepare_play(other)
+        assert "through" not in vars(other.dynamics.transformer)
+        other.config = CONFIG
+        prepare_play(other)
         part = weakref.ref(other.dynamics.transformer)
         del other
         assert part() is None  # a version that nobody plays leaves memory at once
