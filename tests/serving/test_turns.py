@@ -59,8 +59,9 @@ def test_a_step_waits_for_one_painted_frame_at_most_however_many_are_asked_for(
     monkeypatch.setattr(keeper, "painting", painting)
     monkeypatch.setattr(keeper, "step", lambda *a: (order.append("step"), take(*a))[1])
     with ThreadPoolExecutor(6) as pool:
-        frames = [pool.submit(client.get, f"/v1/sessions/{session}/frames/0") for _ in range(5)]
+        frames = [pool.submit(client.get, f"/v1/sessions/{session}/frames/0")]
         eventually(lambda: client.app.state.engine._worker._behind.locked())  # type: ignore[attr-defined]
+        frames += [pool.submit(client.get, f"/v1/sessions/{session}/frames/0") for _ in range(4)]
         in_line = client.app.state.engine._worker._thread._work_queue.qsize  # type: ignore[attr-defined]
         eventually(lambda: in_line() == 1)  # whether the session still stands where it stood
         stepped = pool.submit(step, client, other, 1)
