@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.long_session import detail, play
+from benchmarks.long_session import detail, play, random_actions
 from genie_model import evaluate, train
 from genie_model.checkpoint import load_model
 from genie_model.config import Config
@@ -133,7 +133,8 @@ def run(config: Config, data_uri: str, root_uri: str, held_out: HeldOut, samplin
 def detail_left(genie: Genie, held_out: HeldOut, frames: int = 128, worlds: int = 16) -> float:
     """How unlike neighbouring pixels are after so many frames under random actions, beside the prompt's."""
     starts_BTHWC = np.stack([episode.frames_THWC[:1] for episode in held_out.episodes[:worlds]])
-    last_BHWC = [frame_BHWC for _, frame_BHWC in play(genie, starts_BTHWC, frames)][-1]
+    actions_BT = random_actions(genie, len(starts_BTHWC), frames)
+    last_BHWC = [frame_BHWC for _, frame_BHWC in play(genie, starts_BTHWC, actions_BT)][-1]
     return detail(last_BHWC) / detail(starts_BTHWC[:, 0])
 
 

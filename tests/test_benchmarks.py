@@ -1,17 +1,24 @@
 """The benchmarks' own parts; their figures are not tested, since machines differ."""
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import benchmarks.__main__
 from benchmarks import choices, costs, long_session
 from benchmarks.__main__ import Line
 from benchmarks.choices import STUDIES, record, recorded, table
 from benchmarks.configs import CONFIGS
+from benchmarks.long_session import beside_real, played_before
 from benchmarks.throttled import ThrottledFileSystem
+from genie_model.checkpoint import load_model
+from genie_model.data.held_out import HeldOut
 from genie_model.presets import get_preset
 from genie_model.tracking import connect
 
@@ -63,6 +70,36 @@ def test_what_is_wrong_is_said_in_a_line_before_anything_is_written(tmp_path, mo
         assert stopped.value.code == 2
         assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_long_session_is_played_as_it_really_was(tiny_model_uri, tiny_data_uri, tmp_path, monkeypatch, capsys):
+    command = ["long_session", tiny_model_uri, "--like", tiny_data_uri, "--worlds", "2", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [*command, "--frames", "30"])
+    long_session.main()
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (found["worlds"], found["frames"], [*found["detail_over_prompt"]]) == (2, 30, ["0", "1", "16"])
+    assert Image.open(tmp_path / "out.png").height > 4 * 64  # of each world the real frames and the dreamt ones
+
+    genie, held_out = load_model(tiny_model_uri), HeldOut.open(f"{tiny_data_uri}/eval", 8)
+    real, actions_BT = played_before(genie, held_out, 2, 30)
+    longest = max(len(episode.frames_THWC) for episode in held_out.episodes)
+    assert len(real[0]) == longest < 31  # so that its actions do not suffice
+    first = genie.infer_actions(torch.from_numpy(real[0][None, : genie.config.data.clip_length].copy()))[0]
+    assert actions_BT[0, : len(first)].tolist() == first.tolist()
+    assert actions_BT.shape == (2, 30)
+    ends = {15: np.stack([frames_THWC[:16] for frames_THWC in real])}
+    monkeypatch.setattr(long_session, "_LAST", 16)
+    looks = beside_real(real, ends)[15]
+    assert all(looks[name] == looks[f"{name}_of_real"] for name in ("fvd_random3d", "detail", "motion"))
+    assert looks["motion"] > 0
+    frozen = beside_real(real, {15: np.repeat(ends[15][:, :1], 16, 1)})[15]
+    assert frozen["motion"] == 0
+    assert frozen["fvd_random3d"] > frozen["fvd_random3d_of_real"]
+
+    monkeypatch.setattr("sys.argv", [*command, "--frames", "999"])
+    with pytest.raises(SystemExit):
+        long_session.main()
+    assert "data.eval_steps_per_level" in capsys.readouterr().err
 
 
 def test_the_cost_of_a_preset_is_its_flops_at_the_price_that_is_given(capsys):
