@@ -220,7 +220,9 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", default=[], help="words: lines whose config or name holds all of them")
     parser.add_argument("--json", type=Path, default=Path("build/benchmarks.json"))
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="config fields, for every config")
+    parser.add_argument(
+        "--set", dest="overrides", nargs="*", action="extend", default=[], help="config fields, for every config"
+    )
     arguments = parser.parse_args()
     try:
         configs = {name: make().with_overrides(*arguments.overrides) for name, make in CONFIGS.items()}

@@ -199,7 +199,9 @@ def main() -> None:
     parser.add_argument("--root", required=True, help="where trained models are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tracking-uri", default="sqlite:///build/choices.db", help="MLflow's (default: a file)")
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="config fields, for every variant")
+    parser.add_argument(
+        "--set", dest="overrides", nargs="*", action="extend", default=[], help="config fields, for every variant"
+    )
     parser.add_argument("--out", type=Path, help="where to write the table; default build/choices-STUDY.md")
     arguments = parser.parse_args()
     study, out = arguments.study, arguments.out or Path(f"build/choices-{arguments.study}.md")

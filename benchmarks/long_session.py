@@ -36,6 +36,7 @@ from genie_model.video_features import Random3DFeatures
 SHOWN = (1, 16, 50, 100, 250, 500, 1000, 2000)
 HELD = 8
 _LAST, _CLIP = 64, 16  # frames up to one that is shown, of which distances are measured, and of a clip of them
+_MORE = "hold out more: data.eval_levels or data.eval_steps_per_level of CoinRun, ingest.eval_share of video"
 
 
 def main() -> None:
@@ -48,14 +49,16 @@ def main() -> None:
     parser.add_argument("--frames", type=_positive, default=2000)
     parser.add_argument("--worlds", type=_positive, default=4)
     parser.add_argument("--like", metavar="DATA", help="a data set, whose held-out episodes are played again")
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], help="e.g. sampling.maskgit_steps=4")
+    parser.add_argument(
+        "--set", dest="overrides", nargs="*", action="extend", default=[], help="e.g. sampling.maskgit_steps=4"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/long_session"))
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.model).with_overrides(*arguments.overrides)
         genie = load_model(arguments.model, config.sampling)
         real: list[Frames] = []
-        if arguments.like:
+        if arguments.like is not None:
             held_out = HeldOut.open(f"{arguments.like.rstrip('/')}/eval", config.evaluation.clips, config.frame_shape)
             real, actions_BT = played_before(genie, held_out, arguments.worlds, arguments.frames)
     except ValueError as error:
@@ -68,6 +71,7 @@ def main() -> None:
             parser.error(f"no start frames in {arguments.model}: evaluate the model first, it writes them")
         starts = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
         actions_BT = random_actions(genie, len(starts), arguments.frames)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # not after all was played
     prompt_BTHWC = np.stack(starts)[:, None]
     process, seen, seconds, memory = psutil.Process(), {0: prompt_BTHWC[:, 0]}, [], []
     last, ends = deque[Frames](maxlen=_LAST), {}
@@ -91,7 +95,6 @@ def main() -> None:
     }
     if real:
         found["beside_real"] = beside_real(real, ends)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(table(seen, real)).save(arguments.out.with_suffix(".png"))
     arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=2))
     print(json.dumps(found, indent=2))
@@ -112,7 +115,7 @@ def random_actions(genie: Genie, worlds: int, frames: int) -> NDArray[np.int64]:
 def played_before(genie: Genie, held_out: HeldOut, worlds: int, frames: int) -> tuple[list[Frames], NDArray[np.int64]]:
     """The longest episode of each of so many levels, and the latent actions (B, frames): its own, then of other ones.
 
-    Raises ValueError where there are too few.
+    Raises ValueError where there are too few, or too short ones to compare with.
     """
     turns, ranked = Counter[int](), []
     for episode in sorted(held_out.episodes, key=lambda episode: -len(episode.frames_THWC)):
@@ -122,8 +125,13 @@ def played_before(genie: Genie, held_out: HeldOut, worlds: int, frames: int) -> 
     have = min(sum(len(frames_THWC) - 1 for frames_THWC in episodes) for episodes in own)
     if len(turns) < worlds or have < frames:
         raise ValueError(
-            f"{held_out.uri} has {len(turns)} levels and {have} steps for each world, not {worlds} and {frames}: ask "
-            "for fewer --worlds or --frames, or collect with larger data.eval_levels and data.eval_steps_per_level"
+            f"{held_out.uri} has {len(turns)} levels, or videos, and {have} steps for each world, not {worlds} and "
+            f"{frames}: ask for fewer --worlds or --frames, or {_MORE}"
+        )
+    if sum(len(episodes[0]) // _CLIP for episodes in own) < 2:
+        raise ValueError(
+            f"the longest episodes of {held_out.uri} have {len(own[0][0])} frames, too few for two clips of {_CLIP} to "
+            f"compare with: ask for more --worlds, or {_MORE}"
         )
     actions_BT = []
     for episodes in own:
