@@ -115,6 +115,7 @@ class FakeCluster:
         self.allowed, self.used, self.folder = allowed, Allowed(), folder
         self.program: Callable[[int, int], str] = lambda host, attempt: ""
         self.full, self.broken, self.away, self.cut = "", 0, 0, 1e9
+        self.looks = 0  # at the pods of a job
         self.job_sets, self.pods = dict[str, dict[str, Any]](), dict[str, Pod]()
         self.check: Callable[[dict[str, Any]], object] = lambda body: None  # raises ValueError where it is none
         self.changed = threading.Condition(threading.RLock())
@@ -203,7 +204,7 @@ class FakeCluster:
         for pod in pods:
             if pod.process:
                 pod.process.wait()
-        time.sleep(0.3)  # a controller's round
+        self.seen(seconds=10)  # a controller's round takes longer than a launcher's
         with self.changed:
             if "deletionTimestamp" in body["metadata"]:
                 return
@@ -254,6 +255,13 @@ class FakeCluster:
             assert time.monotonic() < until, "it did not come to that"
             time.sleep(0.02)
 
+    def seen(self, times: int = 1, seconds: float = 30) -> bool:
+        """Waits until a launcher has looked at the pods as they are now; whether it did."""
+        enough, until = self.looks + times, time.monotonic() + seconds
+        while self.looks < enough and time.monotonic() < until:
+            time.sleep(0.02)
+        return self.looks >= enough
+
     def printed(self, text: str, host: int = 0) -> bool:
         return any(text in line for pod in self.pods.values() if pod.host == host for line in pod.lines)
 
@@ -302,6 +310,7 @@ def handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
                 return self._log(name, query)
             with cluster.changed:
                 if resource == "pods":
+                    cluster.looks += 1
                     key, _, value = query["labelSelector"][0].partition("=")
                     pods = [pod.body() for pod in cluster.pods.values() if pod.labels.get(key) == value]
                     return self._send(200, {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": pods})

@@ -47,7 +47,8 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 def train_tokenizer(folder: Path, data_uri: str, steps: int, wait_at: int | None = None, where: str = "") -> None:
     """Carries on in `folder`, a checkpoint every other step, and leaves the weights there when it is done.
 
-    Every step is logged; `wait_at` names one that takes a minute, `where` a folder inside for the log.
+    Every step is logged; `wait_at` names one that takes a minute, or until there is a file `go`, `where` a folder
+    inside for the log.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -59,7 +60,9 @@ def train_tokenizer(folder: Path, data_uri: str, steps: int, wait_at: int | None
     def on_step(step: int) -> None:
         if step == wait_at:
             (folder / "waits").touch()
-            time.sleep(60)
+            until = time.monotonic() + 60
+            while time.monotonic() < until and not (folder / "go").exists():
+                time.sleep(0.01)
 
     with Native(ParallelConfig()) as backend:
         store, length = VideoStore.open(f"{data_uri}/train"), CONFIG.data.clip_length
@@ -81,6 +84,14 @@ def wait_for_step(process: BaseProcess, folder: Path, more_than: int = 0) -> Non
     deadline = time.monotonic() + 60
     while len(losses(folder)) <= more_than:
         assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def wait_in_step(folder: Path) -> None:
+    """Until the one that waits has begun."""
+    deadline = time.monotonic() + 60
+    while not (folder / "waits").exists():
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -116,9 +127,10 @@ def test_killed_at_twenty_moments_and_resumed_equals_uninterrupted(tiny_data_uri
 
 def test_sigterm_ends_the_step_saves_and_exits_for_another_try(tiny_data_uri: str, tmp_path: Path) -> None:
     whole, broken, steps = tmp_path / "whole", tmp_path / "broken", 20
-    process = start(train_tokenizer, broken, tiny_data_uri, steps)
-    wait_for_step(process, broken, more_than=2)
+    process = start(train_tokenizer, broken, tiny_data_uri, steps, 4)
+    wait_in_step(broken)
     process.terminate()
+    (broken / "go").touch()
     assert ended(process) == [PREEMPTED]
     last = losses(broken)[-1][0]
     assert TrainingState(str(broken / "training")).latest_step() == last < steps
@@ -130,15 +142,12 @@ def test_sigterm_ends_the_step_saves_and_exits_for_another_try(tiny_data_uri: st
 
 def test_a_second_sigterm_ends_it_at_once(tiny_data_uri: str, tmp_path: Path) -> None:
     process = start(train_tokenizer, tmp_path, tiny_data_uri, 40, 4)  # the step after a save
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "waits").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_in_step(tmp_path)
     began = time.monotonic()
     process.terminate()
     time.sleep(0.05)
     process.terminate()  # the same one, passed on by a launcher
-    time.sleep(2.2)
+    time.sleep(3)  # by then it is another one
     assert process.is_alive()
     process.terminate()
     assert ended(process) == [-signal.SIGTERM]

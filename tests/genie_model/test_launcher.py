@@ -168,7 +168,7 @@ def test_a_launcher_that_was_killed_is_followed_by_one_that_goes_on(
         killed.kill()
     processes = {pod.name: pod.process for pod in cluster.pods.values()}
     found = start()
-    time.sleep(0.5)
+    assert cluster.seen()
     go.touch()
     assert found.result(30) == URI
     assert {pod.name: pod.process for pod in cluster.pods.values()} == processes
@@ -302,7 +302,7 @@ def test_it_is_told_why_hosts_are_waited_for(
     cluster.program = lambda host, attempt: LEAVES
     found = start()
     cluster.wait_for(lambda: len(cluster.pods) == 4)
-    time.sleep(0.5)
+    assert cluster.seen(times=2)  # and has told of what it saw
     cluster.full = ""
     cluster.place()
     assert found.result(30) == URI

@@ -91,7 +91,7 @@ def test_what_is_deleted_is_gone(any_store: str) -> None:
 
 
 def test_a_session_expires_by_whoever_used_it_last(any_store: str) -> None:
-    patient, hasty = open_store(any_store, 60), open_store(any_store, 0.3)
+    patient, hasty = open_store(any_store, 60), open_store(any_store, 1)
     for id in ("taken over", "stepped", "seen"):
         patient.create(record(id), [a_frame(id, 0)])
     for id in ("hasty's", "reopened"):
@@ -101,7 +101,7 @@ def test_a_session_expires_by_whoever_used_it_last(any_store: str) -> None:
     assert hasty.append([a_frame("seen", 7)]) == [False], "which uses nothing"
     assert hasty.reopen("seen")
     assert patient.reopen("reopened")
-    time.sleep(0.35)
+    time.sleep(1.05)
     for id in ("taken over", "hasty's"):
         assert_gone(patient, id)
         assert patient.append([a_frame(id, 2), a_frame(id, 1)]) == [False, False]

@@ -19,7 +19,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from play_help import Registry, assert_error, create, nearly, pixels, play, step
+from play_help import Registry, assert_error, create, eventually, nearly, pixels, play, step
 
 from serving import worlds
 from serving.engine import Engine
@@ -250,12 +250,18 @@ def test_ending_the_idle_goes_on_after_a_failure(serve: Serve, monkeypatch: pyte
         time.sleep(0.05)
 
 
-def test_previews_of_one_session_are_drawn_one_after_another(serve: Serve) -> None:
+def test_previews_of_one_session_are_drawn_one_after_another(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     client = serve()
     session = create(client)
     step(client, session, 0)
+    keeper, go = client.app.state.engine._keeper, threading.Event()  # type: ignore[attr-defined]
+    copies = keeper.copies
+    monkeypatch.setattr(keeper, "copies", lambda *args: (go.wait(10), copies(*args))[1])
     with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda _: client.get(f"/v1/sessions/{session}/previews?repeats=8"), range(12)))
+        asked = [pool.submit(client.get, f"/v1/sessions/{session}/previews?repeats=8") for _ in range(12)]
+        eventually(lambda: any(answer.done() for answer in asked))  # too many wait
+        go.set()
+        answers = [answer.result() for answer in asked]
     assert {answer.status_code for answer in answers} == {200, 429}
     assert all(answer.json()["steps"] == 1 for answer in answers if answer.status_code == 200)
 
