@@ -64,14 +64,24 @@ class Chromium:
         return next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        self._commands += 1
-        self._socket.send(json.dumps({"id": self._commands, "method": method, "params": params}))
-        while True:
+        (result,) = self._send((method, params))
+        return result
+
+    def _send(self, *commands: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """What each comes to. None waits here for the answer to the one before, so that a slow test parts none."""
+        methods, results = dict[int, str](), dict[int, dict[str, Any]]()
+        for method, params in commands:
+            self._commands += 1
+            methods[self._commands] = method
+            self._socket.send(json.dumps({"id": self._commands, "method": method, "params": params}))
+        while len(results) < len(methods):
             message = json.loads(self._socket.recv())
-            if message.get("id") == self._commands:
-                assert "error" not in message, f"{method}: {message['error']}"
-                return message["result"]
-            self._note(message)
+            if (number := message.get("id")) in methods:
+                assert "error" not in message, f"{methods[number]}: {message['error']}"
+                results[number] = message["result"]
+            else:
+                self._note(message)
+        return [results[number] for number in methods]
 
     def _note(self, event: dict[str, Any]) -> None:
         method, params = event.get("method"), event.get("params", {})
@@ -92,15 +102,14 @@ class Chromium:
         wait_for(lambda: self.evaluate(script), script, seconds)
 
     def key_down(self, key: str) -> None:
-        text = {"text": "\r" if key == "Enter" else key} if key == "Enter" or len(key) == 1 else {}
-        self.send("Input.dispatchKeyEvent", type="keyDown", key=key, windowsVirtualKeyCode=_code(key), **text)
+        self._send(_key_event("keyDown", key))
 
     def key_up(self, key: str) -> None:
-        self.send("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=_code(key))
+        self._send(_key_event("keyUp", key))
 
     def press(self, key: str) -> None:
-        self.key_down(key)
-        self.key_up(key)
+        """Down and up at once: what is held is taken again."""
+        self._send(_key_event("keyDown", key), _key_event("keyUp", key))
 
     def screenshot(self, path: str | Path, full_page: bool = True) -> None:
         data = self.send("Page.captureScreenshot", captureBeyondViewport=full_page)["data"]
@@ -118,6 +127,13 @@ def wait_for(condition: Any, what: str, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
         time.sleep(0.05)
+
+
+def _key_event(kind: str, key: str) -> tuple[str, dict[str, Any]]:
+    event = {"type": kind, "key": key, "windowsVirtualKeyCode": _code(key)}
+    if kind == "keyDown" and (key == "Enter" or len(key) == 1):
+        event["text"] = "\r" if key == "Enter" else key
+    return "Input.dispatchKeyEvent", event
 
 
 def _code(key: str) -> int:
