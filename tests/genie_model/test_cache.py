@@ -217,16 +217,14 @@ def test_a_remote_store_is_asked_for_a_few_files_at_once_and_they_come_in_order(
 
     def read(number: int) -> int:
         asked.append(number)
-        if len(asked) <= 16:
-            together.wait(timeout=20)
+        if len(asked) <= 64:
+            together.wait(timeout=20)  # breaks unless 16 come, each time
         time.sleep(0.02 if number % 3 else 0.04)
         return number
 
     found = cache.each("memory://files", read, range(64))
     assert next(found) == 0
-    assert 16 <= len(asked) <= 17, "not all: their results lie in memory"
-    started = time.monotonic()
+    assert len(asked) == 16, "not all: their results lie in memory"
     assert list(found) == list(range(1, 64))
-    assert time.monotonic() - started < 64 * 0.02, "as long as one after the other"
     assert next(cache.each("here", read, range(64))) == 0
     assert asked[64:] == [0]
