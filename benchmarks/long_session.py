@@ -17,6 +17,7 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -54,24 +55,20 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("build/long_session"))
     arguments = parser.parse_args()
+    real: list[Frames] = []
     try:
         config = load_config(arguments.model).with_overrides(*arguments.overrides)
         genie = load_model(arguments.model, config.sampling)
-        real: list[Frames] = []
         if arguments.like is not None:
             held_out = HeldOut.open(f"{arguments.like.rstrip('/')}/eval", config.evaluation.clips, config.frame_shape)
             real, actions_BT = played_before(genie, held_out, arguments.worlds, arguments.frames)
-    except ValueError as error:
+            starts = [frames_THWC[0] for frames_THWC in real]
+        else:
+            starts = start_frames(arguments.model, arguments.worlds)
+            actions_BT = random_actions(genie, len(starts), arguments.frames)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)  # not after all was played
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    if real:
-        starts = [frames_THWC[0] for frames_THWC in real]
-    else:
-        paths = sorted(Path(arguments.model, "start_frames").glob("*.png"))[: arguments.worlds]
-        if not paths:
-            parser.error(f"no start frames in {arguments.model}: evaluate the model first, it writes them")
-        starts = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
-        actions_BT = random_actions(genie, len(starts), arguments.frames)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # not after all was played
     prompt_BTHWC = np.stack(starts)[:, None]
     process, seen, seconds, memory = psutil.Process(), {0: prompt_BTHWC[:, 0]}, [], []
     last, ends = deque[Frames](maxlen=_LAST), {}
@@ -106,6 +103,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def start_frames(model: str, worlds: int) -> list[Frames]:
+    """Each (H, W, 3). Raises ValueError where there are none."""
+    paths = sorted(Path(model, "start_frames").glob("*.png"))[:worlds]
+    if not paths:
+        raise ValueError(f"no start frames in {model}: evaluate the model first, it writes them")
+    return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+
+
 def random_actions(genie: Genie, worlds: int, frames: int) -> NDArray[np.int64]:
     """(B, frames), each held for HELD of them."""
     drawn_KB = np.random.default_rng(0).integers(genie.config.num_actions, size=(-(-frames // HELD), worlds))
@@ -117,11 +122,12 @@ def played_before(genie: Genie, held_out: HeldOut, worlds: int, frames: int) -> 
 
     Raises ValueError where there are too few, or too short ones to compare with.
     """
-    turns, ranked = Counter[int](), []
+    turns, ranked = Counter[int](), []  # (how many longer ones of its level there are, its frames)
     for episode in sorted(held_out.episodes, key=lambda episode: -len(episode.frames_THWC)):
         ranked.append((turns[episode.level], episode.frames_THWC))
         turns[episode.level] += 1
-    own = [[frames for _, frames in sorted(ranked, key=lambda r: r[0])[i::worlds]] for i in range(worlds)]
+    ranked.sort(key=itemgetter(0))
+    own = [[frames_THWC for _, frames_THWC in ranked[i::worlds]] for i in range(worlds)]
     have = min(sum(len(frames_THWC) - 1 for frames_THWC in episodes) for episodes in own)
     if len(turns) < worlds or have < frames:
         raise ValueError(

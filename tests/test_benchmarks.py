@@ -73,6 +73,11 @@ def test_what_is_wrong_is_said_in_a_line_before_anything_is_written(
         (long_session, [tiny_model_uri, "--like", tiny_data_uri, "--worlds", "5", "--frames", "9"], "4 levels"),
         (long_session, [tiny_model_uri, "--like", tiny_data_uri, "--worlds", "4"], "ingest.eval_share of video"),
         (long_session, [tiny_model_uri, "--like", tiny_data_uri, "--worlds", "1", "--frames", "20"], "two clips"),
+        (
+            long_session,
+            [tiny_model_uri, "--like", tiny_data_uri, "--worlds", "2", "--frames", "9", "--out", "/dev/null/out/a"],
+            "Not a directory",
+        ),
     ]:
         monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
         with pytest.raises(SystemExit) as stopped:

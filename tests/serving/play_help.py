@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from httpx import Response
 from PIL import Image
 
+from serving.engine import Engine
 from serving.model import FolderVersion
 from serving.schemas import ModelVersionInfo
 
@@ -76,6 +77,11 @@ def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def engine_of(client: TestClient) -> Engine:
+    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    return engine
 
 
 def create(client: TestClient, start_frame: str = "00", **form: object) -> str:

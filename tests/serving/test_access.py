@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 from fastapi.testclient import TestClient
-from play_help import assert_error, create, eventually, step
+from play_help import assert_error, create, engine_of, eventually, step
 from pydantic_settings import CliApp
 from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
@@ -337,7 +337,7 @@ def test_a_service_whose_worlds_stand_still_says_so(serve: Serve, monkeypatch: p
     client = serve(max_step_seconds=0.3)
     session = create(client)
     assert client.get("/healthz").status_code == 200
-    monkeypatch.setattr(client.app.state.engine.passes, "_next_batch", lambda: 1 / 0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine_of(client).passes, "_next_batch", lambda: 1 / 0)
     assert step(client, session, 0).status_code == 503
     assert_error(client.get("/healthz"), 500, "internal", "see the log")
 
@@ -347,7 +347,7 @@ def test_an_unexpected_error_is_answered_and_logged_with_the_request_s_number(
 ) -> None:
     client = serve()
     session = create(client)
-    monkeypatch.setattr(client.app.state.engine._keeper, "painting", lambda *args: 1 / 0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine_of(client)._keeper, "painting", lambda *args: 1 / 0)
     with caplog.at_level(logging.ERROR):
         answer = client.get(f"/v1/sessions/{session}/frames/0", headers={"X-Request-ID": "my-number"})
     assert_error(answer, 500, "internal", "X-Request-ID")

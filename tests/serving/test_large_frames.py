@@ -17,13 +17,12 @@ from chromium import EXECUTABLE, Chromium
 from fastapi.testclient import TestClient
 from page_help import PREVIEWED, serving, shown, step_to
 from PIL import Image, ImageSequence
-from play_help import Registry, assert_error, create, eventually, nearly, pixels, step
+from play_help import Registry, assert_error, create, engine_of, eventually, nearly, pixels, step
 from starlette.websockets import WebSocketDisconnect
 
 from genie_model import checkpoint
 from genie_model.enlarging import Enlarging
 from genie_model.layers import TemporalCache
-from serving.engine import Engine
 
 SIZE = 128
 ACTIONS = [1, 0, 3, 2, 2, 1, 0, 3, 1, 2, 3]  # more than the window holds
@@ -57,7 +56,7 @@ def expected(large_folder: Path, serve: Serve) -> list[np.ndarray]:
     session = create(client, seed=7)
     for action in ACTIONS:
         step(client, session, action)
-    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    engine = engine_of(client)
     kept = engine._keeper._kept(engine._sessions[session], 0, len(ACTIONS) + 1)
     model = engine.model
     codes_BNC = [torch.from_numpy(frame.codes_NC.astype(np.int64))[None] for frame in kept]
@@ -88,7 +87,7 @@ def test_steps_and_past_frames_come_large(serve: Serve, expected: list[np.ndarra
 
 def test_a_session_begins_and_ends_to_draw_large_in_its_middle(serve: Serve, expected: list[np.ndarray]) -> None:
     client = serve()
-    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    engine = engine_of(client)
     session = create(client, seed=7)
     small = [pixels(step(client, session, action).content) for action in ACTIONS[:5]]
     assert not engine._sessions[session].large
@@ -108,7 +107,7 @@ def test_a_session_begins_and_ends_to_draw_large_in_its_middle(serve: Serve, exp
 
 def test_sessions_share_passes_with_those_that_draw_alike(serve: Serve, expected: list[np.ndarray]) -> None:
     client = serve()
-    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    engine = engine_of(client)
     large = [create(client, seed=7) for _ in range(3)]
     small = [create(client, seed=7) for _ in range(2)]
     with ThreadPoolExecutor(5) as players:
@@ -129,7 +128,7 @@ def test_sessions_share_passes_with_those_that_draw_alike(serve: Serve, expected
 
 def test_a_parked_session_and_its_branch_go_on_large(serve: Serve, expected: list[np.ndarray]) -> None:
     client = serve()
-    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    engine = engine_of(client)
     session = create(client, seed=7)
     for action in ACTIONS[:9]:
         large_step(client, session, action)
@@ -187,7 +186,7 @@ def test_animations_and_rollouts_are_large(kind: str, serve: Serve) -> None:
 
 def test_a_rollout_shows_what_the_session_does(serve: Serve, expected: list[np.ndarray]) -> None:
     client = serve()
-    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    engine = engine_of(client)
     seen = []
     room = engine._room
 
@@ -241,7 +240,7 @@ def test_one_of_another_tokenizer_is_a_broken_version(
     whole.decoder.codebook_VL += 1
     checkpoint.save_model(f"{other}/large_decoder", whole, whole.decoder)
     registry.set_alias("3", other)
-    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    engine = engine_of(client)
     eventually(lambda: "trained on another tokenizer" in engine.models.problem)
     assert client.get("/v1/model").json()["version"] == "1"
 

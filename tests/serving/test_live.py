@@ -17,7 +17,7 @@ import pytest
 from fastapi.testclient import TestClient
 from page_help import serving
 from PIL import Image
-from play_help import assert_error, create, eventually, pixels, play, step
+from play_help import assert_error, create, engine_of, eventually, pixels, play, step
 from starlette.testclient import WebSocketDenialResponse, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 from websockets.sync.client import connect
@@ -129,7 +129,7 @@ def test_a_session_that_ended_elsewhere_disturbs_no_other(serve: Serve, monkeypa
     client = serve()
     undisturbed = play(client, [1, 2], seed=2)
     session, other = create(client), create(client, seed=2)
-    store = client.app.state.engine._keeper.store  # type: ignore[attr-defined]
+    store = engine_of(client)._keeper.store
     gathered = worlds.step
 
     def step_while_another_replica_ends_it(*args: Any) -> Any:

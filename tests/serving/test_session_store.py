@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
-from play_help import assert_error, create, pixels, play, step
+from play_help import assert_error, create, engine_of, pixels, play, step
 from redis import Redis
 from redis_server import PASSWORD, RedisServer
 
@@ -182,7 +182,7 @@ def test_a_full_disk_keeps_all_of_a_session_or_nothing(tmp_path: Path) -> None:
 def test_a_locked_file_is_a_503_and_the_step_comes_after(serve: Serve, tmp_path: Path) -> None:
     file = str(tmp_path / "sessions.db")
     client = serve(session_store=file)
-    client.app.state.engine._keeper.store._db.execute("PRAGMA busy_timeout = 50")  # type: ignore[attr-defined]
+    engine_of(client)._keeper.store._db.execute("PRAGMA busy_timeout = 50")
     undisturbed = play(client, [1, 2, 3], seed=4)
     session = create(client, seed=4)
     step(client, session, 1)

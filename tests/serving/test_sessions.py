@@ -19,10 +19,9 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from play_help import Registry, assert_error, create, eventually, nearly, pixels, play, step
+from play_help import Registry, assert_error, create, engine_of, eventually, nearly, pixels, play, step
 
 from serving import worlds
-from serving.engine import Engine
 from serving.sessions import Session
 from serving.worlds import World
 
@@ -155,7 +154,7 @@ def test_a_parked_world_comes_back(serve: Serve) -> None:
     actions = [t % 4 for t in range(12)]
     undisturbed = play(client, actions, seed=1)
     session = create(client, seed=1)
-    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    engine = engine_of(client)
     held: Session = engine._sessions[session]
     for action, expected in zip(actions, undisturbed, strict=True):
         held.world = None
@@ -167,7 +166,7 @@ def test_an_idle_world_lets_go_of_those_it_stepped_beside(serve: Serve, monkeypa
     client = serve()
     undisturbed = play(client, [1, 2], seed=1)
     sessions = [create(client, seed=1) for _ in range(3)]
-    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    engine = engine_of(client)
     states = [engine._sessions[session].world.state for session in sessions]  # type: ignore[union-attr]
     together = worlds.PlayState.stack(states)
     for row, session in enumerate(sessions):
@@ -181,7 +180,7 @@ def test_an_idle_world_lets_go_of_those_it_stepped_beside(serve: Serve, monkeypa
 
 def test_a_state_that_most_have_left_is_let_go(serve: Serve) -> None:
     client = serve()
-    genie = client.app.state.engine.model.genie  # type: ignore[attr-defined]
+    genie = engine_of(client).model.genie
     prompt = torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8)
     group = [World(genie.start(prompt, seed=seed)) for seed in range(5)]
     sampling = genie.config.sampling
@@ -204,7 +203,7 @@ def test_a_parked_session_that_ended_elsewhere_disturbs_no_other(serve: Serve) -
     client = serve()
     undisturbed = play(client, [1], seed=2)
     parked, other = create(client), create(client, seed=2)
-    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    engine = engine_of(client)
     engine._sessions[parked].world = None
     engine._keeper.store.delete(parked)
     with ThreadPoolExecutor(2) as pool:
@@ -225,7 +224,7 @@ def test_branches_and_reopened_sessions_count(serve: Serve, tmp_path: Path) -> N
     client.__exit__(None, None, None)
     client = serve(**kept, max_sessions=2)
     assert [client.get(f"/v1/sessions/{session}").status_code for session in sessions] == [200, 200, 503]
-    models = {id(held.model) for held in client.app.state.engine._sessions.values()}  # type: ignore[attr-defined]
+    models = {id(held.model) for held in engine_of(client)._sessions.values()}
     assert len(models) == 1
     assert client.delete(f"/v1/sessions/{sessions[2]}").status_code == 204, "without a place for it"
 
@@ -233,7 +232,7 @@ def test_branches_and_reopened_sessions_count(serve: Serve, tmp_path: Path) -> N
 def test_ending_the_idle_goes_on_after_a_failure(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     client = serve(idle_seconds=0.2)
     session, failed = create(client), threading.Event()
-    store = client.app.state.engine._keeper.store  # type: ignore[attr-defined]
+    store = engine_of(client)._keeper.store
     delete_expired = store.delete_expired
 
     def fail_once() -> None:
@@ -254,7 +253,7 @@ def test_previews_of_one_session_are_drawn_one_after_another(serve: Serve, monke
     client = serve()
     session = create(client)
     step(client, session, 0)
-    keeper, go = client.app.state.engine._keeper, threading.Event()  # type: ignore[attr-defined]
+    keeper, go = engine_of(client)._keeper, threading.Event()
     copies = keeper.copies
     monkeypatch.setattr(keeper, "copies", lambda *args: (go.wait(10), copies(*args))[1])
     with ThreadPoolExecutor(12) as pool:
@@ -312,7 +311,7 @@ def test_an_idle_session_ends_in_the_store_too(serve: Serve, tmp_path: Path) -> 
     client.__exit__(None, None, None)
     client = serve(**kept)
     deadline = time.monotonic() + 10
-    while client.app.state.engine._keeper.store.record(session):  # type: ignore[attr-defined]
+    while engine_of(client)._keeper.store.record(session):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert_error(step(client, session, 0), 404, "unknown_session")

@@ -18,12 +18,11 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
-from play_help import assert_error, create, eventually, picture, step
+from play_help import assert_error, create, engine_of, eventually, picture, step
 from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from serving.engine import Engine
 from serving.images import frame_from_upload, png
 
 Serve = Callable[..., TestClient]
@@ -44,12 +43,12 @@ def of(client: str) -> dict[str, str]:
 def test_a_step_waits_for_one_painted_frame_at_most_however_many_are_asked_for(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.engine._ALONE_SECONDS", 60.0)  # what is looked for now and then would be in line too
+    monkeypatch.setattr("serving.engine._ALONE_SECONDS", 60.0)  # the sweep for idle worlds is in line too
     client = serve()
     session, other = create(client), create(client)
     step(client, session, 0)
     order: list[str] = []
-    keeper = client.app.state.engine._keeper  # type: ignore[attr-defined]
+    keeper = engine_of(client)._keeper
     paint, take = keeper.painting, keeper.step
     go = threading.Event()
 
@@ -62,9 +61,9 @@ def test_a_step_waits_for_one_painted_frame_at_most_however_many_are_asked_for(
     monkeypatch.setattr(keeper, "step", lambda *a: (order.append("step"), take(*a))[1])
     with ThreadPoolExecutor(6) as pool:
         frames = [pool.submit(client.get, f"/v1/sessions/{session}/frames/0")]
-        eventually(lambda: client.app.state.engine._worker._behind.locked())  # type: ignore[attr-defined]
+        eventually(lambda: engine_of(client)._worker._behind.locked())
         frames += [pool.submit(client.get, f"/v1/sessions/{session}/frames/0") for _ in range(4)]
-        in_line = client.app.state.engine._worker._thread._work_queue.qsize  # type: ignore[attr-defined]
+        in_line = engine_of(client)._worker._thread._work_queue.qsize
         eventually(lambda: in_line() == 1)  # whether the session still stands where it stood
         stepped = pool.submit(step, client, other, 1)
         eventually(lambda: in_line() == 2)
@@ -77,7 +76,7 @@ def test_a_step_waits_for_one_painted_frame_at_most_however_many_are_asked_for(
 def test_what_waits_behind_players_too_long_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     client = serve()
     session = create(client)
-    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    engine = engine_of(client)
     keeper, go = engine._keeper, threading.Event()
     paint = keeper.painting
 
@@ -101,14 +100,14 @@ def test_one_client_may_wait_for_few_rollouts_and_leaves_places_to_others(
     serve: Serve, keys: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, form = serve(api_keys=keys, max_rollouts=3, client_rollouts=2), {"start_frame": "00", "actions": "0,1"}
-    go, genie = threading.Event(), client.app.state.engine.model.genie  # type: ignore[attr-defined]
+    go, genie = threading.Event(), engine_of(client).model.genie
     start = genie.start
     monkeypatch.setattr(genie, "start", lambda *args, **kwargs: (go.wait(10), start(*args, **kwargs))[1])
     with ThreadPoolExecutor(5) as pool:
         greedy = [pool.submit(client.post, "/v1/rollouts", data=form, headers=of("a")) for _ in range(3)]
         eventually(lambda: sum(answer.done() for answer in greedy) == 1)
         other = pool.submit(client.post, "/v1/rollouts", data=form, headers=of("b"))
-        eventually(lambda: client.app.state.engine.long_jobs._of_client.total() == 3)  # type: ignore[attr-defined]
+        eventually(lambda: engine_of(client).long_jobs._of_client.total() == 3)
         late = client.post("/v1/rollouts", data=form, headers=of("c"))
         assert_error(late, 429, "too_many_requests", "3 rollouts")
         go.set()
@@ -123,8 +122,8 @@ def test_a_rollout_that_takes_too_long_is_refused_and_gives_up_its_place(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = serve()
-    jobs = client.app.state.engine.long_jobs  # type: ignore[attr-defined]
-    genie = client.app.state.engine.model.genie  # type: ignore[attr-defined]
+    jobs = engine_of(client).long_jobs
+    genie = engine_of(client).model.genie
     dream = genie.step
     with monkeypatch.context() as slow:
         slow.setattr(jobs, "_settings", jobs._settings.model_copy(update={"max_rollout_seconds": 0.3}))
@@ -165,11 +164,11 @@ def test_two_uploads_are_decoded_at_once_and_of_one_client_one(
 
 def test_an_upload_that_waits_too_long_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     client, image, go = serve(), picture(np.zeros((64, 64, 3), np.uint8)), threading.Event()
-    monkeypatch.setattr(client.app.state.engine.decoding, "_seconds", 0.3)  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine_of(client).decoding, "_seconds", 0.3)
     monkeypatch.setattr("serving.routes.frame_from_upload", lambda *args: (go.wait(10), frame_from_upload(*args))[1])
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.post, "/v1/sessions", files={"image": image})
-        eventually(lambda: client.app.state.engine.decoding._two._value == 1)  # type: ignore[attr-defined]
+        eventually(lambda: engine_of(client).decoding._two._value == 1)
         assert_error(client.post("/v1/sessions", files={"image": image}), 503, "decoding_too_slow", "try again")
         go.set()
         assert first.result().status_code == 201
@@ -206,7 +205,7 @@ def test_a_session_has_few_connections(serve: Serve) -> None:
         first.receive_bytes()
     with client.websocket_connect(path) as again:
         again.receive_bytes()
-    assert not client.app.state.engine.sockets  # type: ignore[attr-defined]
+    assert not engine_of(client).sockets
 
 
 def test_a_connection_that_brings_no_request_is_closed(
@@ -303,7 +302,7 @@ def test_a_session_that_is_deleted_while_it_is_opened_stays_deleted(
     store = str(tmp_path / "sessions.db")
     session = create(serve(session_store=store))
     client = serve(session_store=store)
-    keeper, go = client.app.state.engine._keeper, threading.Event()  # type: ignore[attr-defined]
+    keeper, go = engine_of(client)._keeper, threading.Event()
     paint = keeper.painting
 
     def painting(*args: object) -> Iterator[object]:
@@ -314,7 +313,7 @@ def test_a_session_that_is_deleted_while_it_is_opened_stays_deleted(
     monkeypatch.setattr(keeper, "painting", painting)
     with ThreadPoolExecutor(2) as pool:
         opening = pool.submit(client.get, f"/v1/sessions/{session}")
-        eventually(lambda: client.app.state.engine._worker._behind.locked())  # type: ignore[attr-defined]
+        eventually(lambda: engine_of(client)._worker._behind.locked())
         deleting = pool.submit(client.delete, f"/v1/sessions/{session}")
         go.set()
         assert deleting.result().status_code == 204

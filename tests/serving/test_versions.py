@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from play_help import Registry, assert_error, create, eventually, play, step
+from play_help import Registry, assert_error, create, engine_of, eventually, play, step
 
 from serving.model import FolderSource, LoadedModel, load
 
@@ -61,7 +61,7 @@ def test_a_version_that_does_not_load_is_refused(
     assert "no model" in ready["problem"]
     assert "genie_model_refused 1.0" in client.get("/metrics").text
     create(client)
-    registry.set_alias("1", Path(client.app.state.engine.model.folder))  # type: ignore[attr-defined]
+    registry.set_alias("1", Path(engine_of(client).model.folder))
     eventually(lambda: client.get("/readyz").json()["problem"] == "")
 
 
@@ -97,7 +97,7 @@ def test_a_session_may_ask_for_a_version_by_number_or_alias(
     assert played(client, create(client, version="2")) == "2"
     assert played(client, create(client, version="challenger")) == "2"
     assert played(client, create(client, version="1")) == "1"
-    held = client.app.state.engine._sessions.values()  # type: ignore[attr-defined]
+    held = engine_of(client)._sessions.values()
     assert len({id(session.model) for session in held}) == 2, "each is in memory once"
     for wrong in ("3", "nobody"):
         refused = client.post("/v1/sessions", data={"start_frame": "00", "version": wrong})
@@ -152,7 +152,7 @@ def test_versions_that_nobody_plays_leave_memory_and_those_in_play_stay(
         assert played(client, session) == number
         client.delete(f"/v1/sessions/{session}")
     gc.collect()
-    assert len(client.app.state.engine.models._in_memory) == 2  # type: ignore[attr-defined]
+    assert len(engine_of(client).models._in_memory) == 2
 
 
 def test_players_go_on_while_another_version_loads(
